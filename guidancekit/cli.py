@@ -1,0 +1,524 @@
+"""The command line: `guidancekit generate | compare | methods`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import GuidanceError
+from .files import check_writable, free_path, written_whole
+from .recipe import DTYPES, Recipe, installed_versions, read_recipe, save_picture
+
+DEFAULT_MODEL = "scenes-unet"
+DEFAULT_METHODS = "cfg,apg,cfg++,fdg,interval"
+OUT = "guidancekit-out"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C)."""
+    try:
+        options = make_parser().parse_args(argv)
+        with _quiet_libraries():
+            return options.command(options)
+    except GuidanceError as error:
+        print(f"guidancekit: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("guidancekit: interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Make pictures, each with its recipe inside."""
+    out = Path(options.out)
+    check_writable(out)
+    recipes = _recipes(options)
+
+    from .generate import choose_device, load_pipeline, run
+
+    device = choose_device(options.device)
+    pipe = load_pipeline(recipes[0], device)
+    _warn_unknown_words(pipe, [recipe.prompt for recipe in recipes])
+    with _progress(len(recipes), pipe) as advance:
+        for recipe in recipes:
+            picture = run(pipe, recipe)
+            path = free_path(out / f"{_slug(recipe)}.png")
+            save_picture(picture.image, picture.recipe, path)
+            _warn(*picture.warnings)
+            advance(str(path))
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> list[Recipe]:
+    """The recipes that the options of `generate` ask for; images k of -n use seed + k."""
+    from .generate import check_scheduler, choose_device, choose_dtype, default_scale, with_scale
+
+    if options.count < 1:
+        raise GuidanceError(f"-n: found {options.count}, expected at least 1.")
+    device = choose_device(options.device)
+    if options.source is not None:
+        base = read_recipe(options.source)
+        _warn_versions(base, device)
+    else:
+        if not options.prompts:
+            raise GuidanceError("there is no prompt: give one, or --from a picture made before.")
+        model = options.model or DEFAULT_MODEL
+        base = Recipe(
+            prompt=options.prompts[0],
+            model=model,
+            guidance="CFG()",
+            guidance_scale=default_scale(model),
+            dtype=options.dtype or choose_dtype(model, device),
+        )
+    changes = {
+        name: getattr(options, name)
+        for name in ("model", "negative", "steps", "seed", "scheduler", "size", "dtype")
+        if getattr(options, name) is not None
+    }
+    base = replace(base, **changes)
+    if base.scheduler is not None:
+        check_scheduler(base.scheduler)
+    if options.method or options.set or options.preset:
+        values = _settings(options)
+        guidance, scale = with_scale(options.method or "cfg", options.scale, **values)
+        base = replace(base, guidance=guidance, guidance_scale=scale or base.guidance_scale)
+    elif options.scale is not None:
+        guidance, scale = with_scale("cfg", options.scale)
+        if options.source is None or scale is None:
+            base = replace(base, guidance=guidance)
+        base = replace(base, guidance_scale=scale or base.guidance_scale)
+    return [
+        replace(base, prompt=prompt, seed=base.seed + k)
+        for prompt in options.prompts or [base.prompt]
+        for k in range(options.count)
+    ]
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters given by --preset and --set, the latter winning."""
+    from .registry import methods
+
+    values: dict[str, Any] = {}
+    method = options.method or "cfg"
+    if options.preset is not None:
+        if method not in methods():
+            raise GuidanceError(f"--preset: {method!r} has no presets.")
+        methods()[method].preset(options.preset)  # raises for an unknown one
+        values.update(methods()[method].presets[options.preset].values)
+    for text in options.set or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise GuidanceError(f"--set: found {text!r}, expected key=value, such as eta=0.5.")
+        values[key.strip()] = _value(value.strip())
+    return values
+
+
+def _value(text: str) -> Any:
+    """A number, True, False, None or list; anything else is text."""
+    if text.lower() in ("auto", "none"):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?(nan|inf|infinity)", text.lower()):
+        return float(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _slug(recipe: Recipe) -> str:
+    """A file name that says what is in it: the prompt, the method, the seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-")
+    method = re.sub(r"[^a-z0-9]+", "-", recipe.guidance.partition("(")[0].lower()).strip("-")
+    return f"{words or 'picture'}-{method}-seed{recipe.seed}"
+
+
+# --- compare ------------------------------------------------------------------------------------
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Draw one labelled grid: prompts x seeds down, methods x scales across."""
+    out = Path(options.out)
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise GuidanceError(f"--out: found {options.out!r}, expected a file name ending in .png.")
+    check_writable(out.parent)
+    prompts = _prompts(options)
+
+    from .compare import Comparison, make_columns, split_methods
+    from .generate import check_scheduler, choose_device, choose_dtype
+
+    if options.scheduler is not None:
+        check_scheduler(options.scheduler)
+    device = choose_device(options.device)
+    columns = make_columns(split_methods(options.methods), options.scales or ())
+    rows = [
+        Recipe(
+            prompt=prompt,
+            model=model,
+            negative=options.negative or "",
+            steps=30 if options.steps is None else options.steps,
+            seed=seed,
+            scheduler=options.scheduler,
+            size=options.size,
+            dtype=options.dtype or choose_dtype(model, device),
+        )
+        for model in options.model or [DEFAULT_MODEL]
+        for prompt in prompts
+        for seed in options.seeds
+    ]
+    comparison = Comparison(rows, columns)
+    seen = None
+    try:
+        with _progress(len(rows) * len(columns)) as advance:
+            for pipe, cell in comparison.run(device):
+                if pipe is not seen:
+                    seen = pipe
+                    _warn_unknown_words(pipe, prompts)
+                    _show_steps(pipe)
+                if cell != (0, 0):
+                    advance()
+            advance()
+    except KeyboardInterrupt:
+        if comparison.pictures:
+            _save_comparison(comparison, free_path(out.with_stem(f"{out.stem}-partial")))
+        raise
+    for (_, column), picture in comparison.pictures.items():
+        _warn(*(f"{columns[column].method}: {text}" for text in picture.warnings))
+    _save_comparison(comparison, out)
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of --prompts-file, one per line."""
+    prompts = list(options.prompts)
+    if options.prompts_file is not None:
+        try:
+            lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise GuidanceError(f"--prompts-file: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise GuidanceError("there is no prompt: give some, or --prompts-file with one per line.")
+    return prompts
+
+
+def _save_comparison(comparison: Any, path: Path) -> None:
+    """Write the grid and the JSON beside it, and say where the grid is."""
+    table = path.with_suffix(".json")
+    with written_whole(table) as file:
+        file.write(comparison.to_json().encode())
+    with written_whole(path) as file:
+        comparison.draw().save(file, format="PNG")
+    print(path)
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+def show_methods(options: argparse.Namespace) -> int:
+    """List the methods and schedules, or explain one."""
+    from .registry import find, methods, schedules
+
+    if options.name is not None:
+        _explain(find(options.name))
+        return 0
+    for heading, classes in (("strategies", methods()), ("schedules", schedules())):
+        print(f"{heading}:")
+        for name, cls in classes.items():
+            print(f"  {name:13} {cls.__name__:13} {cls.paper:17} {_paragraphs(cls)[0]}")
+        print()
+    print("guidancekit methods NAME shows parameters, presets and cost.")
+    return 0
+
+
+def _explain(cls: Any) -> None:
+    """What a method is, its parameters with type, default and range, and its presets."""
+    from .parameters import parameters
+
+    print(f"{cls.name}: {cls.__name__}, {cls.paper or 'no paper'}")
+    for paragraph in _paragraphs(cls):
+        print("\n" + textwrap.fill(paragraph, 92, initial_indent="  ", subsequent_indent="  "))
+    print("\nparameters:")
+    for parameter in parameters(cls):
+        default = "required" if parameter.required else f"default {parameter.default!r}"
+        limits = ", ".join(parameter.choices) or str(parameter.range)
+        kind = {"scale": "number or schedule", "floats": "numbers"}.get(
+            parameter.kind, parameter.kind
+        )
+        if parameter.kind in ("bool", "str", "object"):
+            limits = ""
+        facts = "; ".join(fact for fact in (kind, limits, default) if fact)
+        print(f"  {parameter.name} ({facts})\n      {parameter.doc}")
+    presets = getattr(cls, "presets", {})
+    if presets:
+        print("\npresets (--preset NAME):")
+    for name, preset in presets.items():
+        values = ", ".join(f"{key}={value}" for key, value in preset.values.items())
+        print(f"  {name}: {values}\n      {preset.source}")
+
+
+def _paragraphs(cls: type) -> list[str]:
+    """The docstring's paragraphs, each in one line."""
+    text = textwrap.dedent("    " + (cls.__doc__ or "").strip())
+    return [" ".join(part.split()) for part in text.split("\n\n")]
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise GuidanceError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of all commands."""
+    parser = _Parser(
+        prog="guidancekit",
+        description="Guided sampling with any Diffusers text-to-image pipeline.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    make = _command(
+        commands,
+        "generate",
+        generate,
+        "make pictures whose PNGs carry their recipe",
+        """\
+        guidancekit generate "a big red circle on a white background"
+        guidancekit generate "a blue star" --method apg --scale 8 --set eta=0.5 -n 4
+        guidancekit generate --from guidancekit-out/a-blue-star-apg-seed0.png
+        guidancekit generate "a cat" --model stabilityai/stable-diffusion-xl-base-1.0 \\
+            --method apg --preset sdxl
+        """,
+    )
+    make.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    make.add_argument(
+        "--method", metavar="NAME", help="strategy or schedule, or a sum: 'cfg(5) + apg' [cfg]"
+    )
+    make.add_argument(
+        "--scale",
+        type=float,
+        metavar="W",
+        help="CFG scale, 1 is no guidance [4 for the embedded model, else the pipeline's]; "
+        "up to 1 it is the method's own scale (cfg++: lambda)",
+    )
+    make.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="parameter of the method; repeatable"
+    )
+    make.add_argument("--preset", metavar="NAME", help="published settings: see methods NAME")
+    make.add_argument("--seed", type=int, metavar="S", help="seed of the first picture [0]")
+    make.add_argument(
+        "-n",
+        dest="count",
+        type=int,
+        default=1,
+        metavar="K",
+        help="pictures per prompt, at seeds S, S+1, ... [1]",
+    )
+    make.add_argument(
+        "--from",
+        dest="source",
+        metavar="PNG",
+        help="repeat the recipe inside a picture; other options change it",
+    )
+    make.add_argument("--model", metavar="ID_OR_FOLDER", help=_MODEL_HELP)
+    make.add_argument("--out", default=OUT, metavar="DIR", help="folder for pictures [%(default)s]")
+    _add_run_options(make)
+
+    grid = _command(
+        commands,
+        "compare",
+        compare,
+        "draw one grid: prompts x seeds down, methods x scales across",
+        """\
+        guidancekit compare "a big red circle" "a blue star above a yellow square"
+        guidancekit compare "a green heart" --methods cfg,apg --scales 2,4,8 --seeds 0,1,2
+        guidancekit compare "a cat" --methods "cfg,apg(norm_threshold=15),cfg++(0.6)" \\
+            --model stabilityai/stable-diffusion-xl-base-1.0
+        """,
+    )
+    grid.add_argument("prompts", nargs="*", metavar="PROMPT", help="one row per prompt and seed")
+    grid.add_argument("--prompts-file", metavar="FILE", help="more prompts, one per line")
+    grid.add_argument(
+        "--methods",
+        default=DEFAULT_METHODS,
+        metavar="A,B,...",
+        help="names, 'all', or texts such as 'apg(eta=0.5)' [%(default)s]",
+    )
+    grid.add_argument(
+        "--scales", type=_numbers(float), metavar="W,...", help="CFG scales, a column for each"
+    )
+    grid.add_argument(
+        "--seeds", type=_numbers(int), default=[0], metavar="S,...", help="seeds, a row each [0]"
+    )
+    grid.add_argument(
+        "--model", action="append", metavar="ID_OR_FOLDER", help=_MODEL_HELP + "; repeatable"
+    )
+    grid.add_argument(
+        "--out",
+        default=f"{OUT}/compare.png",
+        metavar="PNG",
+        help="the grid; a JSON of costs and recipes is written beside it [%(default)s]",
+    )
+    _add_run_options(grid)
+
+    listing = _command(
+        commands,
+        "methods",
+        show_methods,
+        "list the guidance methods, or explain one",
+        """\
+        guidancekit methods
+        guidancekit methods apg
+        """,
+    )
+    listing.add_argument("name", nargs="?", metavar="NAME", help="a strategy or a schedule")
+    return parser
+
+
+_MODEL_HELP = f"embedded model, Diffusers folder or Hub id [{DEFAULT_MODEL}]"
+
+
+def _command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--negative", metavar="TEXT", help="what to guide away from")
+    parser.add_argument("--steps", type=int, metavar="N", help="solver steps [30]")
+    parser.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="ddim, ddpm, euler, euler-a, dpm++2m, dpm++2m-karras, heun, unipc, lms, deis or "
+        "flow-euler [the model's own]",
+    )
+    parser.add_argument("--size", type=_size, metavar="WxH", help="pixels [the model's own]")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} [by device]"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu [the best]")
+
+
+def _numbers(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+    def read(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    read.__name__ = "list of " + ("whole numbers" if kind is int else "numbers")
+    return read
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+_size.__name__ = "size (expected WxH, such as 1024x1024)"
+
+
+def _version() -> str:
+    return "guidancekit " + installed_versions()["guidancekit"]
+
+
+# --- talking ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(total: int, pipe: Any = None) -> Iterator[Callable[..., None]]:
+    """A bar over pictures, on a terminal only; `advance(line)` counts one and prints the line."""
+    from tqdm import tqdm
+
+    if pipe is not None:
+        _show_steps(pipe)
+    with tqdm(total=total, unit="picture", disable=None, leave=False) as bar:
+
+        def advance(line: str | None = None) -> None:
+            bar.update()
+            if line is not None:
+                tqdm.write(line)
+
+        yield advance
+
+
+def _show_steps(pipe: Any) -> None:
+    """Let the pipeline show a bar over its steps, on a terminal only."""
+    pipe.set_progress_bar_config(disable=None, leave=False, unit="step")
+
+
+def _warn(*texts: str) -> None:
+    for text in dict.fromkeys(texts):
+        print(f"guidancekit: warning: {text}", file=sys.stderr)
+
+
+def _warn_unknown_words(pipe: Any, prompts: Sequence[str]) -> None:
+    """Say which words the model has never seen, and which it knows."""
+    from .generate import known_words, unknown_words
+
+    unknown = list(dict.fromkeys(word for p in prompts for word in unknown_words(pipe, p)))
+    if unknown:
+        known = known_words(pipe)
+        where = " ".join(known) if len(known) <= 200 else "see the tokenizer folder of the model"
+        _warn(f"the model does not know {', '.join(map(repr, unknown))}. Its words: {where}")
+
+
+def _warn_versions(recipe: Recipe, device: str) -> None:
+    """Say what differs from when the picture was made: only equal versions give equal pixels."""
+    now = installed_versions()
+    changed = [
+        f"{package} {made} (now {now[package]})"
+        for package, made in recipe.versions.items()
+        if package in now and now[package] != made
+    ]
+    if recipe.device != device.partition(":")[0]:
+        changed.append(f"device {recipe.device} (now {device})")
+    if changed:
+        _warn(f"the picture was made with {', '.join(changed)}: pixels may differ slightly")
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Only our own warnings, each as one line; no chatter of the libraries below."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

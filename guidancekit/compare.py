@@ -1,0 +1,154 @@
+"""Compare methods on equal terms: the same prompts, seeds and starting noise in every column."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from .errors import GuidanceError
+from .generate import Picture, default_scale, load_pipeline, run, warm_up, with_scale
+from .grid import Label, draw_grid
+from .recipe import Recipe, installed_versions
+from .registry import methods
+
+
+@dataclass(frozen=True)
+class Column:
+    """A method at a scale: `method` as it was asked for, `guidance` and `guidance_scale` as run."""
+
+    method: str
+    guidance: str
+    guidance_scale: float | None
+
+
+@dataclass
+class Comparison:
+    """Rows of recipes times columns of methods, and the pictures that are finished."""
+
+    rows: list[Recipe]
+    columns: list[Column]
+    pictures: dict[tuple[int, int], Picture] = field(default_factory=dict)
+
+    def recipe(self, row: int, column: int) -> Recipe:
+        """What is run in a cell; the embedded models have a CFG scale of their own."""
+        base, chosen = self.rows[row], self.columns[column]
+        scale = chosen.guidance_scale
+        scale = default_scale(base.model) if scale is None else scale
+        return replace(base, guidance=chosen.guidance, guidance_scale=scale)
+
+    def run(self, device: str | None = None) -> Iterator[tuple[Any, tuple[int, int]]]:
+        """Make the pictures row by row, so that a column that cannot work fails in the first row.
+
+        Yields (pipeline, cell) before each cell is computed. Models are loaded one at a time.
+        """
+        pipe, loaded = None, None
+        for r, base in enumerate(self.rows):
+            if base.model != loaded:
+                pipe = None  # let go of the last model before the next is loaded
+                pipe, loaded = load_pipeline(base, device), base.model
+                warm_up(pipe, base)
+            for c in range(len(self.columns)):
+                yield pipe, (r, c)
+                self.pictures[r, c] = run(pipe, self.recipe(r, c))
+
+    def draw(self) -> Image.Image:
+        """The grid of the finished pictures; unfinished cells are empty."""
+        several = len({row.model for row in self.rows}) > 1
+        corner, first = [], self.rows[0]
+        if first.scheduler is not None:
+            corner.append(first.scheduler)
+        corner.append(f"{first.steps} steps")
+        if first.negative:
+            corner.append(f"negative: {first.negative}")
+        return draw_grid(
+            [[self._image(r, c) for c in range(len(self.columns))] for r in range(len(self.rows))],
+            [
+                Label(row.prompt, (f"seed {row.seed}", *((_short(row.model),) if several else ())))
+                for row in self.rows
+            ],
+            [self._head(c) for c in range(len(self.columns))],
+            Label("guidancekit" if several else _short(first.model), tuple(corner)),
+        )
+
+    def to_json(self) -> str:
+        """Recipes, network evaluations, seconds and effective scales of the finished pictures."""
+        content = {
+            "versions": installed_versions(),
+            "rows": [{"prompt": r.prompt, "seed": r.seed, "model": r.model} for r in self.rows],
+            "columns": [asdict(column) for column in self.columns],
+            "pictures": [
+                {
+                    "row": row,
+                    "column": column,
+                    "evaluations": picture.evaluations,
+                    "seconds": round(picture.seconds, 3),
+                    "effective_scale": picture.effective_scale,
+                    "warnings": picture.warnings,
+                    "recipe": asdict(picture.recipe),
+                }
+                for (row, column), picture in self.pictures.items()
+            ],
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def _image(self, row: int, column: int) -> Image.Image | None:
+        picture = self.pictures.get((row, column))
+        return None if picture is None else picture.image
+
+    def _head(self, column: int) -> Label:
+        """The method and its settings, then the cost of a picture, averaged over the rows."""
+        chosen = self.columns[column]
+        made = [picture for (_, c), picture in self.pictures.items() if c == column]
+        title, _, settings = chosen.method.partition("(")
+        details = [settings.removesuffix(")")] if settings else []
+        scales = sorted({p.recipe.guidance_scale for p in made if p.recipe.guidance_scale})
+        if not _names_scale(chosen.method):
+            details.append(f"w = {' or '.join(f'{scale:g}' for scale in scales)}")
+        if made:
+            evaluations = mean(picture.evaluations for picture in made)
+            seconds = mean(picture.seconds for picture in made)
+            details.append(f"{evaluations:g} evaluations, {seconds:.2g} s")
+        return Label(title.strip(), tuple(details))
+
+
+def make_columns(specs: Sequence[str], scales: Sequence[float] = ()) -> list[Column]:
+    """Methods times scales; a method that names its scales itself gets one column only.
+
+    "all" stands for every method. Raises `GuidanceError` for an unknown method or an unfit value.
+    """
+    names = [name for spec in specs for name in (methods() if spec == "all" else [spec])]
+    columns = []
+    for name in dict.fromkeys(names):
+        for scale in (None,) if _names_scale(name) or not scales else scales:
+            columns.append(Column(name, *with_scale(name, scale)))
+    if not columns:
+        raise GuidanceError("there is no method to compare: give names, for example cfg,apg.")
+    return columns
+
+
+def split_methods(text: str) -> list[str]:
+    """ "cfg, apg(scale=12, eta=0.5)" as ["cfg", "apg(scale=12, eta=0.5)"]."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1, "[": 1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _short(model: str) -> str:
+    """The last part of a Hub id or a folder."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _names_scale(method: str) -> bool:
+    """Whether the text fixes a scale: by name, or as the first value in the parentheses."""
+    return bool(re.search(r"scale|\(\s*[\d.]", method.partition("(")[1] + method.partition("(")[2]))

@@ -1,0 +1,107 @@
+"""One denoiser call of a pipeline, split into the rows of its branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GuidanceError
+from ..step import Branch
+
+_SAMPLE_NAMES = ("sample", "hidden_states")
+
+
+class Call:
+    """The arguments of one denoiser call whose batch is the concatenation of `branches`.
+
+    Diffusers' batched pipelines call the network once on ``[uncond, cond]`` (or on the condition
+    alone). Every batch-sized tensor in the arguments, however nested, belongs to the rows.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        branches: tuple[Branch, ...],
+    ) -> None:
+        self.forward, self.args, self.kwargs, self.branches = forward, args, kwargs, branches
+        self.rows = self.sample.shape[0]
+        if self.rows % len(branches):
+            raise GuidanceError(
+                f"The network was called on {self.rows} rows, expected a multiple of "
+                f"{len(branches)} ({', '.join(branches)}): this pipeline batches its branches in a "
+                "way that guidancekit does not know."
+            )
+        self.batch = self.rows // len(branches)
+        self.reply: Any = None
+
+    @property
+    def sample(self) -> Tensor:
+        """The noisy input of all branches, [rows, C', ...]."""
+        if self.args:
+            return self.args[0]
+        name = next(name for name in _SAMPLE_NAMES if name in self.kwargs)
+        return self.kwargs[name]
+
+    @property
+    def timestep(self) -> Tensor:
+        """The timestep argument: a scalar, or one value per row."""
+        return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
+
+    def x(self, channels: int) -> Tensor:
+        """The noisy latent [B, channels, ...]; inpainting networks read further channels after it."""
+        return self.sample[-self.batch :, :channels]
+
+    def evaluate(
+        self, branch: Branch | None = None, x: Tensor | None = None, timestep: Any = None
+    ) -> Tensor:
+        """Network output for one branch, [B, C, ...], optionally at another (x, t); None is all."""
+        args, kwargs, rows = self.args, self.kwargs, slice(0, self.rows)
+        if branch is not None and len(self.branches) > 1:
+            start = self.branches.index(branch) * self.batch
+            rows = slice(start, start + self.batch)
+            args, kwargs = (_take(value, rows, self.rows) for value in (args, kwargs))
+        if x is not None:
+            sample = self.sample[rows].clone()
+            sample[:, : x.shape[1]] = x
+            args, kwargs = _replace(args, kwargs, 0, _SAMPLE_NAMES, sample)
+        if timestep is not None:
+            args, kwargs = _replace(args, kwargs, 1, ("timestep",), timestep)
+        self.reply = self.forward(*args, **kwargs)
+        return self.reply[0]
+
+    def answer(self, **values: Tensor) -> Any:
+        """What the network would have returned, had it predicted `values` for each branch.
+
+        Where all branches are the guided prediction, the pipeline's own u + s (c - u) is that
+        prediction, exactly and whatever s.
+        """
+        rows = torch.cat([values[branch] for branch in self.branches])
+        if isinstance(self.reply, tuple):
+            return (rows, *self.reply[1:])
+        return type(self.reply)(sample=rows)
+
+
+def _take(value: Any, rows: slice, count: int) -> Any:
+    """Keep `rows` of every tensor with `count` rows inside nested arguments."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.shape[0] == count else value
+    if isinstance(value, Mapping):
+        return {key: _take(item, rows, count) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_take(item, rows, count) for item in value)
+    return value
+
+
+def _replace(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, names: tuple[str, ...], value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace one argument, given by position or by name."""
+    if index < len(args):
+        return (*args[:index], value, *args[index + 1 :]), kwargs
+    name = next(name for name in names if name in kwargs)
+    return args, {**kwargs, name: value}

@@ -1,0 +1,133 @@
+"""A labelled grid of pictures: rows are prompts and seeds, columns are methods."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK, FAINT, RULE = "#ffffff", "#1a1d21", "#6b7280", "#e3e6ea"
+MARGIN, GAP, PADDING = 28, 12, 16  # pixels: around the grid, between cells, beside texts
+LABEL_WIDTH = 190  # pixels: the column of row labels
+CELL_RANGE = (160, 320)  # pixels: the longer side of a cell
+LINE = 1.35  # line height over font size
+
+
+@dataclass(frozen=True)
+class Label:
+    """A heading with smaller lines below it."""
+
+    title: str
+    details: tuple[str, ...] = ()
+
+
+def cell_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) at which a picture of `size` is shown: small ones by a whole factor."""
+    low, high = CELL_RANGE
+    longest = max(size)
+    factor = math.ceil(low / longest) if longest < low else min(1.0, high / longest)
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def draw_grid(
+    pictures: Sequence[Sequence[Image.Image | None]],
+    rows: Sequence[Label],
+    columns: Sequence[Label],
+    corner: Label = Label(""),
+) -> Image.Image:
+    """One picture with all `pictures[row][column]`, labelled at the top and on the left.
+
+    `corner` says what all pictures share. None leaves a cell empty. Pictures may differ in size:
+    each is fitted into the cell of the largest.
+    """
+    if len(pictures) != len(rows) or any(len(line) != len(columns) for line in pictures):
+        raise ValueError(
+            f"found {len(pictures)} rows of {sorted({len(line) for line in pictures})} pictures "
+            f"for {len(rows)} row labels and {len(columns)} column labels."
+        )
+    shown = [cell_size(image.size) for line in pictures for image in line if image is not None]
+    width = max((w for w, _ in shown), default=CELL_RANGE[0])
+    height = max((h for _, h in shown), default=CELL_RANGE[0])
+    heads = [_Text(label, width) for label in columns]
+    sides = [_Text(label, LABEL_WIDTH - PADDING) for label in rows]
+    corner_text = _Text(corner, LABEL_WIDTH - PADDING)
+
+    head_height = max(text.height for text in (*heads, corner_text)) + PADDING
+    row_heights = [max(height, side.height) for side in sides]
+    left, top = MARGIN + LABEL_WIDTH, MARGIN + head_height
+    sheet = Image.new(
+        "RGB",
+        (
+            left + len(columns) * (width + GAP) - GAP + MARGIN,
+            top + sum(row_heights) + GAP * (len(rows) - 1) + MARGIN,
+        ),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    corner_text.draw(draw, MARGIN, MARGIN)
+    for c, head in enumerate(heads):
+        head.draw(draw, left + c * (width + GAP), MARGIN)
+    y = top
+    for side, line, row_height in zip(sides, pictures, row_heights, strict=True):
+        side.draw(draw, MARGIN, y)
+        for c, image in enumerate(line):
+            x = left + c * (width + GAP)
+            draw.rectangle((x - 1, y - 1, x + width, y + height), outline=RULE)
+            if image is not None:
+                cell = _fit(image)
+                sheet.paste(cell, (x + (width - cell.width) // 2, y + (height - cell.height) // 2))
+        y += row_height + GAP
+    return sheet
+
+
+class _Text:
+    """A label set in lines of at most `width` pixels."""
+
+    def __init__(self, label: Label, width: int) -> None:
+        self.lines = [(line, 16, INK) for line in wrap(label.title, 16, width)]
+        for detail in label.details:
+            self.lines += [(line, 13, FAINT) for line in wrap(detail, 13, width)]
+        self.height = sum(round(size * LINE) for _, size, _ in self.lines)
+
+    def draw(self, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        for line, size, colour in self.lines:
+            draw.text((x, y), line, fill=colour, font=_font(size))
+            y += round(size * LINE)
+
+
+def wrap(text: str, size: int, width: int) -> list[str]:
+    """`text` in lines that fit `width` pixels at font `size`; a word that is too long is broken."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        if line and _width(f"{line} {word}", size) <= width:
+            line = f"{line} {word}"
+            continue
+        if line:
+            lines.append(line)
+        while len(word) > 1 and _width(word, size) > width:
+            lengths = range(len(word) - 1, 1, -1)
+            cut = next((n for n in lengths if _width(word[:n], size) <= width), 1)
+            lines.append(word[:cut])
+            word = word[cut:]
+        line = word
+    return [*lines, line] if line else lines
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    size = cell_size(image.size)
+    if size == image.size:
+        return image.convert("RGB")
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _width(text: str, size: int) -> float:
+    return _font(size).getlength(text)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,273 @@
+"""Guidance: the contract that every strategy fulfils, and how strategies add up."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from diffusers.callbacks import PipelineCallback
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from . import schedules
+from .errors import GuidanceError
+from .parameters import check, parameters
+from .schedules import Schedule, scale_at
+from .step import Moment, Prediction, Step
+from .tensors import TINY, dot
+
+if TYPE_CHECKING:
+    from .engine import Attachment, Report
+
+State = SimpleNamespace
+"""What a strategy remembers within one run; the engine hands out an empty one at each start."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published settings of a method for one model family, and where they were published."""
+
+    values: Mapping[str, Any]
+    source: str
+
+
+class Guidance(PipelineCallback):
+    """A guidance strategy: one rule that turns predictions into the guided prediction.
+
+    Subclasses state `name`, `paper` and `presets`, declare their parameters in the constructor's
+    signature, and implement `guide`. Everything about pipelines is the engine's business.
+    """
+
+    config_name = "guidance_config.json"
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    edits_latents: ClassVar[bool] = False
+    """Whether `after_step` moves the latents, which not every scheduler tolerates."""
+
+    # --- what a strategy implements -------------------------------------------------------------
+
+    def needs_uncond(self, moment: Moment, state: State) -> bool:
+        """Whether this step uses the unconditional prediction; if not, its rows are not computed."""
+        return True
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        """The guided prediction of one evaluation, per sample, in float32."""
+        raise NotImplementedError
+
+    def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
+        """The latents after the scheduler's step, [B, ...] in the scheduler's scale and dtype."""
+        return latents
+
+    def effective_scale(self, step: Step, guided: Prediction, state: State) -> Tensor | float:
+        """How far along cond - uncond the guided prediction lies: exactly w for CFG; shape [B].
+
+        <guided - uncond, cond - uncond> / ||cond - uncond||^2 per sample, the same in every space;
+        1 where the unconditional prediction was not used.
+        """
+        if not step.evaluated_uncond:
+            return 1.0
+        difference = step.cond.out - step.uncond.out
+        along = dot(guided.out - step.uncond.out, difference)
+        return (along / dot(difference, difference).clamp_min(TINY)).flatten()
+
+    # --- what a user calls ----------------------------------------------------------------------
+
+    def attach(self, pipe: Any) -> Guidance:
+        """Install this guidance on a Diffusers pipeline, and return it.
+
+        It acts in every call of `pipe` until it comes off: at the end of a ``with`` block, on
+        `detach`, when another guidance is attached to the same pipeline, or when the object dies
+        (the pipeline holds it weakly). Raises `GuidanceError` for an object it cannot work on.
+        """
+        from .engine import Attachment
+
+        self.detach()
+        self._attachment: Attachment | None = Attachment(self, pipe)
+        return self
+
+    def detach(self) -> None:
+        """Take this guidance off; the pipeline is left exactly as it was found."""
+        if self.attachment is not None:
+            self.attachment.remove()
+            self._attachment = None
+
+    def report(self) -> Report:
+        """What the last guided run did: network rows per step, active steps, effective scale."""
+        report: Report | None = vars(self).get("_report")
+        if report is None:
+            raise GuidanceError(
+                "There is no run to report on yet: attach the guidance, call the pipeline, then ask."
+            )
+        return report
+
+    @classmethod
+    def preset(cls, family: str, **changes: Any) -> Guidance:
+        """The method with the published settings for a model family, such as ``"sdxl"``."""
+        if family not in cls.presets:
+            known = ", ".join(sorted(cls.presets)) or "none"
+            raise GuidanceError(
+                f"{cls.__name__} has no published settings for {family!r}. Published: {known}. "
+                f"Give the parameters yourself: {cls.__name__}(...)."
+            )
+        return cls(**{**cls.presets[family].values, **changes})
+
+    def __enter__(self) -> Guidance:
+        self._require_attachment().entered = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __add__(self, other: Guidance) -> Sum:
+        if not isinstance(other, Guidance):
+            return NotImplemented
+        return Sum([self, other])
+
+    # --- a diffusers callback and config --------------------------------------------------------
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The live connection to a pipeline, if there is one."""
+        attachment: Attachment | None = vars(self).get("_attachment")
+        return attachment if attachment is not None and attachment.installed else None
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """None: the engine sees the latents at the scheduler, the callback changes nothing."""
+        return []
+
+    def callback_fn(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        self._require_attachment(pipeline)
+        return callback_kwargs
+
+    def _require_attachment(self, pipeline: Any = None) -> Attachment:
+        attachment = self.attachment
+        if attachment is None or (pipeline is not None and attachment.pipe is not pipeline):
+            raise GuidanceError(
+                f"{self.name or type(self).__name__} guidance was used without being attached to "
+                "this pipeline, so it has not guided it. Write: "
+                f"pipe(prompt, callback_on_step_end={self!r}.attach(pipe))"
+            )
+        return attachment
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Validate the constructor's arguments and record them as plain, serialisable values."""
+        check(type(self), kwargs)
+        super().register_to_config(**{key: _plain(value) for key, value in kwargs.items()})
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
+        """Rebuild a guidance; on the base class `Guidance`, the class that the config names."""
+        named = config.get("_class_name") if isinstance(config, Mapping) else None
+        if cls is Guidance and named is not None:
+            return _strategy(named).from_config(config, **kwargs)
+        return super().from_config(config, **kwargs)
+
+    def __repr__(self) -> str:
+        """The shortest call that makes this guidance; `guidancekit.parse` reads it back."""
+        given = [
+            f"{parameter.name}={_live(self.config[parameter.name])!r}"
+            for parameter in parameters(type(self))
+            if self.config[parameter.name] != parameter.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guidance) and repr(self) == repr(other)
+
+    __hash__ = object.__hash__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the settings, not the connection to a pipeline."""
+        return {k: v for k, v in vars(self).items() if k not in ("_attachment", "_report")}
+
+
+class ClassifierFree(Guidance):
+    """A rule along cond - uncond with a scale w, where w = 1 is the conditional prediction itself."""
+
+    scale: schedules.Scale
+
+    def needs_uncond(self, moment: Moment, state: State) -> bool:
+        return scale_at(self.scale, moment) != 1
+
+
+class Sum(Guidance):
+    """Several strategies at once: their updates on the conditional prediction add up."""
+
+    name = "sum"
+
+    @register_to_config
+    def __init__(self, terms: Annotated[Sequence[Any], "the strategies to add"]) -> None:
+        flat: list[Guidance] = []
+        for term in (_live(term) for term in terms):
+            flat.extend(term.terms if isinstance(term, Sum) else [term])
+        self.terms = tuple(flat)
+
+    @property
+    def edits_latents(self) -> bool:  # type: ignore[override]
+        return any(term.edits_latents for term in self.terms)
+
+    def _states(self, state: State) -> list[State]:
+        if not hasattr(state, "terms"):
+            state.terms = [State() for _ in self.terms]
+        return state.terms
+
+    def needs_uncond(self, moment: Moment, state: State) -> bool:
+        pairs = zip(self.terms, self._states(state), strict=True)
+        return any([term.needs_uncond(moment, own) for term, own in pairs])
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        out = step.cond.out
+        for term, own in zip(self.terms, self._states(state), strict=True):
+            own.guided = term.guide(step, own)
+            out = out + (own.guided.out - step.cond.out)
+        return step.cond.like(out=out)
+
+    def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
+        for term, own in zip(self.terms, self._states(state), strict=True):
+            latents = term.after_step(step, latents, own)
+        return latents
+
+    def effective_scale(self, step: Step, guided: Prediction, state: State) -> Tensor | float:
+        pairs = zip(self.terms, self._states(state), strict=True)
+        return 1 + sum(term.effective_scale(step, own.guided, own) - 1 for term, own in pairs)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
+
+def _plain(value: Any) -> Any:
+    """A constructor argument as JSON values."""
+    if isinstance(value, Guidance):
+        own = {name: value.config[name] for name in inspect.signature(type(value)).parameters}
+        return {"_class_name": type(value).__name__, **own}
+    if isinstance(value, Schedule):
+        return value.to_config()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _live(value: Any) -> Any:
+    """Undo `_plain` for one value."""
+    if isinstance(value, Mapping) and "_class_name" in value:
+        return Guidance.from_config(value)
+    return schedules.from_config(value) if isinstance(value, Mapping) else value
+
+
+def _strategy(class_name: str) -> type[Guidance]:
+    if class_name == Sum.__name__:
+        return Sum
+    from .registry import methods
+
+    for method in methods().values():
+        if method.__name__ == class_name:
+            return method
+    raise GuidanceError(f"found guidance class {class_name!r}, which guidancekit does not have.")

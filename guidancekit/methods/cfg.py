@@ -1,0 +1,54 @@
+"""Classifier-free guidance, arXiv:2207.12598 Eq. 6, with the rescaling of arXiv:2305.08891."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from diffusers.configuration_utils import register_to_config
+
+from .. import schedules
+from ..guidance import ClassifierFree, Preset, State
+from ..parameters import Range
+from ..schedules import AnyScale, Interval, scale_at
+from ..step import Prediction, Step
+from ..tensors import match_std
+
+_INTERVAL_PAPER = "arXiv:2404.07724 Table 1 and Sec. 4"
+
+
+class CFG(ClassifierFree):
+    """Classifier-free guidance: uncond + w (cond - uncond), arXiv:2207.12598.
+
+    Linear, so it is the same in every space. `rescale` (phi) brings the standard deviation of the
+    network's output back to the conditional one's, per sample, arXiv:2305.08891 Sec. 3.4; the value
+    0.7 recommended with w = 7.5 is known second-hand (unverified).
+    Cost: 2 network evaluations per step; 1 where w = 1.
+    """
+
+    name = "cfg"
+    paper = "arXiv:2207.12598"
+    presets = {
+        "sdxl-interval": Preset({"scale": Interval(16, 0.28, 5.42)}, f"{_INTERVAL_PAPER}, by eye"),
+        "dit-interval": Preset({"scale": Interval(2.5, 0.34, 1.02)}, f"{_INTERVAL_PAPER}, best FID"),
+        "dit-interval-dino": Preset(
+            {"scale": Interval(4.0, 0.45, 1.23)}, f"{_INTERVAL_PAPER}, best FD-DINOv2"
+        ),
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        scale: AnyScale = None,
+        rescale: Annotated[float, Range(0, 1), "share of the rescaled prediction (phi)"] = 0.0,
+    ) -> None:
+        self.scale = schedules.from_config(scale)
+        self.rescale = rescale
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        w = scale_at(self.scale, step)
+        if w == 1:
+            return step.cond
+        guided = step.cfg(w)
+        if not self.rescale:
+            return guided
+        return step.cond.like(out=match_std(guided.out, step.cond.out, self.rescale))

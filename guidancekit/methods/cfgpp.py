@@ -1,0 +1,96 @@
+"""CFG++, arXiv:2406.08070, for every scheduler whose step it can correct afterwards."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from typing import Annotated, Literal
+
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from .. import schedules
+from ..errors import GuidanceError
+from ..guidance import Guidance, Preset, State
+from ..parameters import Range
+from ..schedules import Schedule, scale_at
+from ..step import Moment, Prediction, Step
+
+
+class CFGPlusPlus(Guidance):
+    """CFG++: denoise with guidance, re-noise without it, arXiv:2406.08070 Algorithm 1.
+
+    The solver steps on the unconditional prediction; then the clean estimate moves by
+    lambda (x0_cond - x0_uncond) at fixed noise. This holds for DDIM, DDPM, Euler, Euler ancestral,
+    LMS, DPM++ multistep, DEIS and flow Euler; other schedulers are refused.
+
+    CFG++ at lambda is CFG at lambda / (1 - nsr'/nsr), so its strength grows with the number of
+    steps. With `strength="lambda"` the scale is the paper's lambda (0.6 at 50 DDIM steps of SD).
+    With `strength="equivalent_cfg"`, or a scale of None, it is a CFG scale w, and lambda is w over
+    the median gain of the run's steps (our rule): the same strength at any number of steps.
+    Cost: 2 network evaluations per step, at every scale.
+    """
+
+    name = "cfg++"
+    paper = "arXiv:2406.08070"
+    edits_latents = True
+    presets = {
+        "sd15": Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps"),
+        "sdxl": Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps"),
+        "sdxl-lightning": Preset({"scale": 1.0}, "CFGpp-diffusion/CFGpp, 4 steps"),
+    }
+
+    @register_to_config
+    def __init__(
+        self,
+        scale: Annotated[
+            float | Schedule | None,
+            Range(0, slider=(0, 2)),
+            "lambda (or a CFG scale, see strength); None is the pipeline's guidance_scale, converted",
+        ] = None,
+        strength: Annotated[
+            Literal["lambda", "equivalent_cfg"], "what the scale means"
+        ] = "lambda",
+    ) -> None:
+        self.scale = schedules.from_config(scale)
+        self.strength = strength
+
+    def lam(self, step: Moment) -> float:
+        """The paper's lambda at this step."""
+        if self.strength == "lambda" and self.scale is not None:
+            return scale_at(self.scale, step)
+        return scale_at(self.scale, step) / typical_gain(step.grid)
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        if step.index == 0 and self.lam(step) * typical_gain(step.grid) > 40:
+            warnings.warn(
+                f"{self!r}: lambda = {self.lam(step):g} is as strong as a CFG scale of "
+                f"{self.lam(step) * typical_gain(step.grid):.0f} over {step.total} steps. "
+                'For CFG scales write CFGPlusPlus(scale, strength="equivalent_cfg").',
+                stacklevel=2,
+            )
+        return step.uncond
+
+    def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
+        return step.shift_next(latents, self.lam(step) * (step.cond.x0 - step.uncond.x0))
+
+    def effective_scale(self, step: Step, guided: Prediction, state: State) -> float:
+        """The CFG scale that a first-order deterministic step would need for the same result."""
+        return self.lam(step) * gains(step.grid)[step.index]
+
+
+def gains(grid: tuple[float, ...]) -> list[float]:
+    """CFG scale per unit of lambda at each step, 1 / (1 - nsr'/nsr)."""
+    if not grid:
+        raise GuidanceError(
+            "CFG++ needs the noise level of each step, which is unknown for this scheduler: "
+            "use DDIM, Euler, DPM++ or a flow-matching Euler scheduler."
+        )
+    ratios = (0.0 if math.isinf(now) else after / now for now, after in zip(grid, grid[1:], strict=False))
+    return [1 / (1 - ratio) for ratio in ratios]
+
+
+def typical_gain(grid: tuple[float, ...]) -> float:
+    """The median gain of a run, R(N): 12.8 for 50 DDIM steps of Stable Diffusion."""
+    return statistics.median(gains(grid))

@@ -1,0 +1,121 @@
+"""Strategies by name, and from text: what the command line, the app and files use."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+from .errors import GuidanceError
+from .guidance import Guidance
+from .parameters import parameters
+from .schedules import SCHEDULES, Schedule
+
+
+@functools.cache
+def methods() -> dict[str, type[Guidance]]:
+    """Every strategy by its registry name: the `Guidance` classes of the files in ``methods/``."""
+    from . import methods as package
+
+    found: dict[str, type[Guidance]] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Guidance):
+                if value.__module__ == module.__name__ and value.name:
+                    found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def schedules() -> dict[str, type[Schedule]]:
+    """Every schedule by its registry name."""
+    return dict(SCHEDULES)
+
+
+def create(name: str, **values: Any) -> Guidance:
+    """Make a strategy by name; a schedule's name makes CFG under that schedule.
+
+    Raises `GuidanceError` for an unknown name or parameter, with the nearest ones.
+    """
+    made = _make(name, values)
+    return methods()["cfg"](scale=made) if isinstance(made, Schedule) else made
+
+
+def parse(text: str) -> Guidance:
+    """Read a strategy from text such as ``"apg(scale=12, eta=0.5)"`` or ``"CFG(5) + APG()"``.
+
+    Names are registry or class names. ``parse(repr(guidance))`` rebuilds any guidance. Only names,
+    calls, numbers, strings, lists and ``+`` are read; nothing is executed.
+    """
+    source = text.strip()
+    for name, cls in sorted({**methods(), **SCHEDULES}.items(), key=lambda item: -len(item[0])):
+        if not name.isidentifier():
+            source = source.replace(name, cls.__name__)
+    try:
+        tree = ast.parse(source, mode="eval").body
+    except SyntaxError as error:
+        raise GuidanceError(
+            f"found {text!r}, expected a method such as apg, apg(scale=12) or cfg(5) + apg."
+        ) from error
+    value = _evaluate(tree, text)
+    if isinstance(value, Schedule):
+        value = methods()["cfg"](scale=value)
+    if not isinstance(value, Guidance):
+        raise GuidanceError(f"found {text!r}, expected a method such as apg or apg(scale=12).")
+    return value
+
+
+def _evaluate(node: ast.expr, text: str) -> Any:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_evaluate(item, text) for item in items]
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.Name(id=name):
+            return _make(name, {})
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            names = [parameter.name for parameter in parameters(_find(name))]
+            if len(args) > len(names):
+                raise GuidanceError(f"{name} takes {len(names)} values, found {len(args)}.")
+            given = dict(zip(names, args, strict=False))
+            given |= {str(keyword.arg): keyword.value for keyword in keywords}
+            return _make(name, {key: _evaluate(value, text) for key, value in given.items()})
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            terms = [_evaluate(left, text), _evaluate(right, text)]
+            if all(isinstance(term, Guidance) for term in terms):
+                return terms[0] + terms[1]
+    raise GuidanceError(f"cannot read {ast.unparse(node)!r} in {text!r}: not a method or a value.")
+
+
+def _make(name: str, values: dict[str, Any]) -> Any:
+    cls = _find(name)
+    known = [parameter.name for parameter in parameters(cls)]
+    for key in values:
+        if key not in known:
+            raise GuidanceError(
+                f"{name} has no parameter {key!r}{_nearest(key, known)}. "
+                f"It has: {', '.join(known)}."
+            )
+    return cls(**values)
+
+
+def _find(name: str) -> type[Guidance] | type[Schedule]:
+    known = {**methods(), **SCHEDULES}
+    by_class = {cls.__name__.lower(): cls for cls in known.values()}
+    cls = known.get(name.lower()) or by_class.get(name.lower())
+    if cls is None:
+        raise GuidanceError(
+            f"there is no method {name!r}{_nearest(name, list(known))}. "
+            f"There are: {', '.join(known)}."
+        )
+    return cls
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, n=2, cutoff=0.5)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -1,0 +1,176 @@
+"""What a strategy sees: the moment in the run, the latent, and predictions readable in any space.
+
+Notation (the field's): ``x = alpha * x0 + sigma * eps`` is the noisy latent *as the network sees it*;
+``nsr = sigma / alpha`` is the noise level of EDM-style papers. For schedulers that keep their latents
+in another scale (Euler, Heun, LMS), the engine converts, so that a strategy needs one convention only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+Branch = Literal["cond", "uncond"]
+Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level: `alpha`, `sigma`, and the `scale` of the scheduler's latents over `x`."""
+
+    alpha: float
+    sigma: float
+    scale: float = 1.0
+
+    @property
+    def nsr(self) -> float:
+        """sigma / alpha; infinite where no signal is left."""
+        return self.sigma / self.alpha if self.alpha > 0 else float("inf")
+
+
+class Prediction:
+    """One network prediction at (x, t), readable as `out` (the network's own), `x0`, `eps` or `v`.
+
+    All are float32 tensors of the latent's shape [B, ...].
+    """
+
+    def __init__(self, out: Tensor, x: Tensor, level: Level, kind: Kind) -> None:
+        self.out = out.float()
+        self._x = x
+        self.level = level
+        self.kind = kind
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The latent that the network saw."""
+        return self._x.float()
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """The clean latent."""
+        alpha, sigma = self.level.alpha, self.level.sigma
+        match self.kind:
+            case "epsilon":
+                return (self.x - sigma * self.out) / alpha
+            case "v_prediction":
+                return alpha * self.x - sigma * self.out
+            case "flow":
+                return self.x - sigma * self.out
+            case "sample":
+                return self.out
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """The noise."""
+        alpha, sigma = self.level.alpha, self.level.sigma
+        match self.kind:
+            case "epsilon":
+                return self.out
+            case "v_prediction":
+                return sigma * self.x + alpha * self.out
+            case "flow":
+                return self.x + alpha * self.out
+            case "sample":
+                return (self.x - alpha * self.x0) / sigma
+
+    @cached_property
+    def v(self) -> Tensor:
+        """The velocity: ``eps - x0`` for flow models, ``alpha * eps - sigma * x0`` otherwise."""
+        if self.kind in ("v_prediction", "flow"):
+            return self.out
+        return self.level.alpha * self.eps - self.level.sigma * self.x0
+
+    def like(self, *, out: Tensor | None = None, x0: Tensor | None = None) -> Prediction:
+        """A prediction at the same (x, t) from an output of the network's kind, or from `x0`."""
+        if out is None:
+            assert x0 is not None
+            alpha, sigma = self.level.alpha, self.level.sigma
+            match self.kind:
+                case "epsilon":
+                    out = (self.x - alpha * x0) / sigma
+                case "v_prediction":
+                    out = (alpha * self.x - x0) / sigma
+                case "flow":
+                    out = (self.x - x0) / sigma
+                case "sample":
+                    out = x0
+        return Prediction(out, self._x, self.level, self.kind)
+
+
+@dataclass
+class Moment:
+    """Where a run stands at one solver step, before anything is evaluated.
+
+    `grid` holds the noise level (nsr) at the start of each of the `total` steps and after the last;
+    it is empty where the scheduler's noise levels are unknown. `guidance_scale` is the pipeline's.
+    """
+
+    index: int
+    total: int
+    grid: tuple[float, ...]
+    guidance_scale: float | None
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step (noise), 1 at the last (clean)."""
+        return self.index / (self.total - 1) if self.total > 1 else 0.0
+
+    @property
+    def nsr(self) -> float:
+        """Noise level at the start of this solver step."""
+        return self.grid[self.index]
+
+
+@dataclass
+class Step(Moment):
+    """One evaluation of the guidance: the moment, the latent and the predictions.
+
+    `stage` counts the evaluations of a multi-stage solver within one step; state advances at stage 0.
+    `level` and `next_level` are the noise levels of this evaluation and after the step.
+    """
+
+    stage: int
+    timestep: Tensor
+    x: Tensor
+    level: Level
+    next_level: Level
+    evaluate: Callable[..., Prediction]
+    cond: Prediction
+    _uncond: Prediction | None = None
+
+    @property
+    def alpha(self) -> float:
+        return self.level.alpha
+
+    @property
+    def sigma(self) -> float:
+        return self.level.sigma
+
+    @property
+    def evaluated_uncond(self) -> bool:
+        """Whether the unconditional prediction has been paid for."""
+        return self._uncond is not None
+
+    @property
+    def uncond(self) -> Prediction:
+        """The unconditional (or negative) prediction; evaluated now if it was not asked for before."""
+        if self._uncond is None:
+            self._uncond = self.evaluate("uncond")
+        return self._uncond
+
+    def cfg(self, w: float) -> Prediction:
+        """Plain classifier-free guidance, uncond + w (cond - uncond): the same in every space."""
+        cond, uncond = self.cond.out, self.uncond.out
+        return self.cond.like(out=uncond + w * (cond - uncond))
+
+    def shift_next(self, latents: Tensor, d: Tensor) -> Tensor:
+        """Move the clean estimate behind the next `latents` by `d` at fixed noise (float32 inside).
+
+        Exact for any solver step: ``latents + scale' * alpha' * d`` in the scheduler's own scale.
+        """
+        weight = self.next_level.scale * self.next_level.alpha
+        return (latents.float() + weight * d).to(latents.dtype)

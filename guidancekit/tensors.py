@@ -1,0 +1,42 @@
+"""Per-sample vector algebra: every reduction runs over all dimensions but the first.
+
+Inputs are float32 tensors of shape [B, ...]; reductions keep their dimensions ([B, 1, ...]) so that
+they broadcast back. A row's result never depends on its batch mates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = 1e-12
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample."""
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+def norm(a: Tensor) -> Tensor:
+    """Euclidean norm of each sample."""
+    return torch.linalg.vector_norm(a, dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+def std(a: Tensor) -> Tensor:
+    """Standard deviation of each sample."""
+    return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+def parallel(a: Tensor, onto: Tensor) -> Tensor:
+    """The component of `a` along `onto`; zero where `onto` is zero."""
+    unit = onto / norm(onto).clamp_min(TINY)
+    return dot(a, unit) * unit
+
+
+def match_std(a: Tensor, reference: Tensor, strength: float) -> Tensor:
+    """Bring the standard deviation of `a` back to that of `reference`, arXiv:2305.08891 Eq. 15-16.
+
+    `strength` (phi) blends between `a` (0) and the rescaled tensor (1).
+    """
+    rescaled = a * (std(reference) / std(a).clamp_min(TINY))
+    return strength * rescaled + (1 - strength) * a

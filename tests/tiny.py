@@ -1,0 +1,153 @@
+"""Tiny, random, real Diffusers pipelines: the networks of SD and SDXL at the size of a test.
+
+The weights mean nothing; what a test needs of them is that the conditional and the unconditional
+prediction differ, that a run takes milliseconds, and that the same seed builds the same network.
+Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = (
+    "a an and above background big blue circle cross dotted green heart left moon of on plain "
+    "purple red ring right small square star striped the triangle white yellow"
+).split()
+TEXT_WIDTH = 16
+LATENT_SIZE = 8  # latent cells per side; the autoencoder below enlarges by 4, so pictures are 32x32
+PROMPT_LENGTH = 16  # tokens
+
+
+def tiny_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: one token per word of `words`, `<unk>` for every other word."""
+    vocabulary = ["<pad>", "<start>", "<end>", "<unk>", *words]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>",
+        special_tokens=[
+            ("<start>", vocabulary.index("<start>")),
+            ("<end>", vocabulary.index("<end>")),
+        ],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=PROMPT_LENGTH,
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unk>",
+    )
+
+
+def _text_config(tokenizer: PreTrainedTokenizerFast) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=PROMPT_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _autoencoder() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+    )
+
+
+def _unet(prediction_width: int, **options) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=prediction_width,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **options,
+    )
+
+
+def _betas() -> dict:
+    """Stable Diffusion's noise schedule; one entry fewer to write in every scheduler below."""
+    return {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "steps_offset": 1,
+    }
+
+
+def tiny_sd(seed: int = 0) -> StableDiffusionPipeline:
+    """A random Stable Diffusion 1.x pipeline (epsilon prediction, DDIM), in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        pipe = StableDiffusionPipeline(
+            vae=_autoencoder().eval(),
+            text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+            tokenizer=tokenizer,
+            unet=_unet(TEXT_WIDTH).eval(),
+            scheduler=DDIMScheduler(**_betas(), clip_sample=False, set_alpha_to_one=False),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A random SDXL pipeline: two text encoders, pooled text and size conditioning, Euler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = tiny_tokenizer()
+        time_ids, id_width = 6, 4
+        pipe = StableDiffusionXLPipeline(
+            vae=_autoencoder().eval(),
+            text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+            tokenizer=tokenizer,
+            tokenizer_2=tiny_tokenizer(),
+            unet=_unet(
+                2 * TEXT_WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=id_width,
+                projection_class_embeddings_input_dim=TEXT_WIDTH + time_ids * id_width,
+                use_linear_projection=True,
+            ).eval(),
+            scheduler=EulerDiscreteScheduler(**_betas()),
+            add_watermarker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
