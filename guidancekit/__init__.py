@@ -1,6 +1,6 @@
 """guidancekit: every guidance strategy on the Diffusers pipelines you already use.
 
-    image = pipe(prompt, callback_on_step_end=APG(scale=12).attach(pipe)).images[0]
+>>> image = pipe(prompt, callback_on_step_end=APG(scale=12).attach(pipe)).images[0]
 """
 
 from __future__ import annotations

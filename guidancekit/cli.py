@@ -65,43 +65,43 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> list[Recipe]:
-    """The recipes that the options of `generate` ask for; images k of -n use seed + k."""
+    """The recipes that the options of `generate` ask for; picture k of -n uses seed + k."""
     from .generate import check_scheduler, choose_device, choose_dtype, default_scale, with_scale
+    from .registry import parse
 
     if options.count < 1:
         raise GuidanceError(f"-n: found {options.count}, expected at least 1.")
     device = choose_device(options.device)
+    method = options.method
     if options.source is not None:
+        if (options.set or options.preset) and method is None:
+            raise GuidanceError("--set and --preset on top of --from need --method.")
         base = read_recipe(options.source)
         _warn_versions(base, device)
+        parse(base.guidance)  # raises before the model is loaded
     else:
         if not options.prompts:
             raise GuidanceError("there is no prompt: give one, or --from a picture made before.")
         model = options.model or DEFAULT_MODEL
-        base = Recipe(
-            prompt=options.prompts[0],
-            model=model,
-            guidance="CFG()",
-            guidance_scale=default_scale(model),
-            dtype=options.dtype or choose_dtype(model, device),
-        )
-    changes = {
-        name: getattr(options, name)
-        for name in ("model", "negative", "steps", "seed", "scheduler", "size", "dtype")
-        if getattr(options, name) is not None
-    }
-    base = replace(base, **changes)
+        dtype = choose_dtype(model, device)
+        scale = default_scale(model)
+        base = Recipe(prompt=options.prompts[0], model=model, dtype=dtype, guidance_scale=scale)
+        method = method or "cfg"
+    if options.model not in (None, base.model):
+        base = replace(base, size=None)  # another model has a size of its own
+    changes = ("model", "negative", "steps", "seed", "scheduler", "size", "dtype")
+    given = {name: getattr(options, name) for name in changes}
+    base = replace(base, **{name: value for name, value in given.items() if value is not None})
     if base.scheduler is not None:
         check_scheduler(base.scheduler)
-    if options.method or options.set or options.preset:
-        values = _settings(options)
-        guidance, scale = with_scale(options.method or "cfg", options.scale, **values)
-        base = replace(base, guidance=guidance, guidance_scale=scale or base.guidance_scale)
-    elif options.scale is not None:
-        guidance, scale = with_scale("cfg", options.scale)
-        if options.source is None or scale is None:
-            base = replace(base, guidance=guidance)
-        base = replace(base, guidance_scale=scale or base.guidance_scale)
+    if method is not None or options.scale is not None:
+        text = method or base.guidance
+        guidance, scale = with_scale(text, options.scale, _settings(options, text))
+        base = replace(
+            base,
+            guidance=guidance,
+            guidance_scale=base.guidance_scale if scale is None else scale,
+        )
     return [
         replace(base, prompt=prompt, seed=base.seed + k)
         for prompt in options.prompts or [base.prompt]
@@ -109,17 +109,18 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
     ]
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters given by --preset and --set, the latter winning."""
+def _settings(options: argparse.Namespace, method: str) -> dict[str, Any]:
+    """The parameters given by --preset, without its scale if there is a --scale, and --set."""
     from .registry import methods
 
     values: dict[str, Any] = {}
-    method = options.method or "cfg"
     if options.preset is not None:
         if method not in methods():
             raise GuidanceError(f"--preset: {method!r} has no presets.")
         methods()[method].preset(options.preset)  # raises for an unknown one
         values.update(methods()[method].presets[options.preset].values)
+        if options.scale is not None:
+            values.pop("scale", None)
     for text in options.set or ():
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -233,14 +234,18 @@ def _save_comparison(comparison: Any, path: Path) -> None:
 
 def show_methods(options: argparse.Namespace) -> int:
     """List the methods and schedules, or explain one."""
-    from .registry import find, methods, schedules
+    from .registry import create, methods, schedules
 
     if options.name is not None:
-        _explain(find(options.name))
+        classes: dict[str, Any] = {**methods(), **schedules()}
+        if options.name not in classes:
+            create(options.name)  # raises, with the nearest names
+        _explain(classes[options.name])
         return 0
-    for heading, classes in (("strategies", methods()), ("schedules", schedules())):
+    groups: dict[str, dict[str, Any]] = {"strategies": methods(), "schedules": schedules()}
+    for heading, group in groups.items():
         print(f"{heading}:")
-        for name, cls in classes.items():
+        for name, cls in group.items():
             print(f"  {name:13} {cls.__name__:13} {cls.paper:17} {_paragraphs(cls)[0]}")
         print()
     print("guidancekit methods NAME shows parameters, presets and cost.")
@@ -273,7 +278,7 @@ def _explain(cls: Any) -> None:
         print(f"  {name}: {values}\n      {preset.source}")
 
 
-def _paragraphs(cls: type) -> list[str]:
+def _paragraphs(cls: Any) -> list[str]:
     """The docstring's paragraphs, each in one line."""
     text = textwrap.dedent("    " + (cls.__doc__ or "").strip())
     return [" ".join(part.split()) for part in text.split("\n\n")]

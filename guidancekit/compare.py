@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
@@ -12,10 +11,18 @@ from typing import Any
 from PIL import Image
 
 from .errors import GuidanceError
-from .generate import Picture, default_scale, load_pipeline, run, warm_up, with_scale
+from .generate import (
+    Picture,
+    default_scale,
+    follows_pipeline,
+    load_pipeline,
+    run,
+    warm_up,
+    with_scale,
+)
 from .grid import Label, draw_grid
 from .recipe import Recipe, installed_versions
-from .registry import methods
+from .registry import methods, parse
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Comparison:
         title, _, settings = chosen.method.partition("(")
         details = [settings.removesuffix(")")] if settings else []
         scales = sorted({p.recipe.guidance_scale for p in made if p.recipe.guidance_scale})
-        if not _names_scale(chosen.method):
+        if follows_pipeline(parse(chosen.guidance)):
             details.append(f"w = {' or '.join(f'{scale:g}' for scale in scales)}")
         if made:
             evaluations = mean(picture.evaluations for picture in made)
@@ -125,8 +132,11 @@ def make_columns(specs: Sequence[str], scales: Sequence[float] = ()) -> list[Col
     names = [name for spec in specs for name in (methods() if spec == "all" else [spec])]
     columns = []
     for name in dict.fromkeys(names):
-        for scale in (None,) if _names_scale(name) or not scales else scales:
-            columns.append(Column(name, *with_scale(name, scale)))
+        column = Column(name, *with_scale(name, None))
+        if not scales or not follows_pipeline(parse(column.guidance)):
+            columns.append(column)
+        else:
+            columns += [Column(name, *with_scale(name, scale)) for scale in scales]
     if not columns:
         raise GuidanceError("there is no method to compare: give names, for example cfg,apg.")
     return columns
@@ -147,8 +157,3 @@ def split_methods(text: str) -> list[str]:
 def _short(model: str) -> str:
     """The last part of a Hub id or a folder."""
     return model.rstrip("/").rpartition("/")[2]
-
-
-def _names_scale(method: str) -> bool:
-    """Whether the text fixes a scale: by name, or as the first value in the parentheses."""
-    return bool(re.search(r"scale|\(\s*[\d.]", method.partition("(")[1] + method.partition("(")[2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from PIL import Image
 
 from . import bundled
 from .errors import GuidanceError
+from .guidance import Guidance, Sum
 from .parameters import parameters
 from .recipe import Recipe, installed_versions
-from .registry import create, methods, parse, schedules
+from .registry import create, parse
+from .schedules import Schedule
 
 EMBEDDED_SCALE = 4.0  # follows the prompts without saturating; see the models' cards
 
@@ -158,28 +161,41 @@ def default_scale(model: str) -> float | None:
     return EMBEDDED_SCALE if model in bundled.MODELS else None
 
 
-def with_scale(method: str, scale: float | None, **values: Any) -> tuple[str, float | None]:
+def with_scale(
+    method: str, scale: float | None, values: Mapping[str, Any] | None = None
+) -> tuple[str, float | None]:
     """The guidance `method` at CFG scale `scale`: its text, and the pipeline's `guidance_scale`.
 
     `method` is a registry name, to which `values` are given, or a text such as ``apg(eta=0.5)``.
-    Methods read their scale from the pipeline, whose unconditional branch exists above 1 only;
+    Methods take their scale from the pipeline, which has an unconditional branch above 1 only;
     smaller scales therefore go to the method's own `scale` (CFG++: lambda).
     Raises `GuidanceError` for unknown methods and unfit values.
     """
-    if "(" in method:
-        if values:
-            raise GuidanceError(f"write all parameters in the parentheses of {method!r}.")
-        guidance = parse(method)
-    else:
-        guidance = create(method, **values)
-    if scale is None or scale > 1:
+    values = values or {}
+    is_text = "(" in method or " + " in method
+    if is_text and values:
+        raise GuidanceError(f"write all parameters inside {method!r}.")
+    guidance = parse(method) if is_text else create(method, **values)
+    if scale is None or (scale > 1 and follows_pipeline(guidance)):
         return repr(guidance), scale
-    if "(" in method or "scale" not in _parameter_names(method):
+    if scale > 1:
+        raise GuidanceError(f"scale: found {scale:g}, but {guidance!r} has a scale of its own.")
+    if is_text or "scale" in values:
         raise GuidanceError(
-            f"scale: found {scale:g} for {method!r}, expected more than 1, "
-            "or scales among the parameters of the method."
+            f"scale: found {scale:g} for {method!r}, expected more than 1: "
+            "write smaller scales inside."
         )
-    return repr(create(method, **{"scale": scale, **values})), None
+    return repr(create(method, **{**values, "scale": scale})), None
+
+
+def follows_pipeline(value: Any) -> bool:
+    """Whether a guidance or schedule takes a scale from the pipeline's `guidance_scale`."""
+    if isinstance(value, Sum):
+        return any(follows_pipeline(term) for term in value.terms)
+    if not isinstance(value, (Guidance, Schedule)):
+        return False
+    scales = [getattr(value, p.name) for p in parameters(type(value)) if p.kind == "scale"]
+    return any(scale is None or follows_pipeline(scale) for scale in scales)
 
 
 def run(pipe: Any, recipe: Recipe) -> Picture:
@@ -229,10 +245,6 @@ def warm_up(pipe: Any, recipe: Recipe) -> None:
     """Two unguided steps, so that the first picture timed does not pay for start-up."""
     with torch.random.fork_rng(devices=[]):
         pipe(prompt=recipe.prompt, num_inference_steps=2)
-
-
-def _parameter_names(method: str) -> list[str]:
-    return [parameter.name for parameter in parameters({**methods(), **schedules()}[method])]
 
 
 def _locate(model: str) -> str | Path:

@@ -52,7 +52,7 @@ class Guidance(PipelineCallback):
     # --- what a strategy implements -------------------------------------------------------------
 
     def needs_uncond(self, moment: Moment, state: State) -> bool:
-        """Whether this step uses the unconditional prediction; if not, its rows are not computed."""
+        """Whether this step uses the unconditional prediction; if not, it is not computed."""
         return True
 
     def guide(self, step: Step, state: State) -> Prediction:
@@ -74,6 +74,11 @@ class Guidance(PipelineCallback):
         difference = step.cond.out - step.uncond.out
         along = dot(guided.out - step.uncond.out, difference)
         return (along / dot(difference, difference).clamp_min(TINY)).flatten()
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a schedule decides when this guidance acts."""
+        return any(isinstance(value, Schedule) for value in vars(self).values())
 
     # --- what a user calls ----------------------------------------------------------------------
 
@@ -101,7 +106,7 @@ class Guidance(PipelineCallback):
         report: Report | None = vars(self).get("_report")
         if report is None:
             raise GuidanceError(
-                "There is no run to report on yet: attach the guidance, call the pipeline, then ask."
+                "There is no run to report on yet: attach the guidance and call the pipeline first."
             )
         return report
 
@@ -190,7 +195,7 @@ class Guidance(PipelineCallback):
 
 
 class ClassifierFree(Guidance):
-    """A rule along cond - uncond with a scale w, where w = 1 is the conditional prediction itself."""
+    """A rule along cond - uncond with a scale w; w = 1 is the conditional prediction itself."""
 
     scale: schedules.Scale
 
@@ -214,6 +219,10 @@ class Sum(Guidance):
     def edits_latents(self) -> bool:  # type: ignore[override]
         return any(term.edits_latents for term in self.terms)
 
+    @property
+    def scheduled(self) -> bool:
+        return any(term.scheduled for term in self.terms)
+
     def _states(self, state: State) -> list[State]:
         if not hasattr(state, "terms"):
             state.terms = [State() for _ in self.terms]
@@ -221,7 +230,8 @@ class Sum(Guidance):
 
     def needs_uncond(self, moment: Moment, state: State) -> bool:
         pairs = zip(self.terms, self._states(state), strict=True)
-        return any([term.needs_uncond(moment, own) for term, own in pairs])
+        needs = [term.needs_uncond(moment, own) for term, own in pairs]  # every term, for its state
+        return any(needs)
 
     def guide(self, step: Step, state: State) -> Prediction:
         out = step.cond.out

@@ -74,11 +74,11 @@ class Parameter:
         return self.default is inspect.Parameter.empty
 
     def check(self, value: Any, owner: str) -> None:
-        """Raise `GuidanceError` unless `value` is of the declared type and in the declared range."""
+        """Raise `GuidanceError` unless `value` is of the declared type and range."""
         from .schedules import Schedule
 
         where = f"{owner}({self.name}=...)"
-        if value is None and self.optional or self.kind == "object":
+        if (value is None and self.optional) or self.kind == "object":
             return
         if self.kind == "scale" and isinstance(value, (Schedule, dict)):
             return
@@ -118,11 +118,11 @@ class Parameter:
 
 def parameters(cls: type) -> list[Parameter]:
     """The constructor arguments of `cls`, in order, read from its annotated signature."""
-    hints = get_type_hints(cls.__init__, include_extras=True)
-    signature = inspect.signature(cls.__init__)
+    constructor = vars(cls)["__init__"]
+    hints = get_type_hints(constructor, include_extras=True)
+    arguments = list(inspect.signature(constructor).parameters.items())[1:]
     return [
-        _parameter(name, hints.get(name, Any), argument.default)
-        for name, argument in list(signature.parameters.items())[1:]
+        _parameter(name, hints.get(name, Any), argument.default) for name, argument in arguments
     ]
 
 

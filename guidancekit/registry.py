@@ -24,9 +24,9 @@ def methods() -> dict[str, type[Guidance]]:
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Guidance):
-                if value.__module__ == module.__name__ and value.name:
-                    found[value.name] = value
+            defined_here = getattr(value, "__module__", None) == module.__name__
+            if defined_here and isinstance(value, type) and issubclass(value, Guidance):
+                found[value.name] = value
     return dict(sorted(found.items()))
 
 
@@ -105,7 +105,7 @@ def _make(name: str, values: dict[str, Any]) -> Any:
 
 
 def _find(name: str) -> type[Guidance] | type[Schedule]:
-    known = {**methods(), **SCHEDULES}
+    known: dict[str, type[Guidance] | type[Schedule]] = {**methods(), **SCHEDULES}
     by_class = {cls.__name__.lower(): cls for cls in known.values()}
     cls = known.get(name.lower()) or by_class.get(name.lower())
     if cls is None:

@@ -1,7 +1,7 @@
 """Guidance scales that change over the run. All in the convention w = 1: no guidance.
 
 A schedule stands wherever a scale does, and its own `scale` may be a number, another schedule, or
-None for the pipeline's `guidance_scale`. Where it returns exactly 1 the unconditional pass is skipped.
+None for the pipeline's `guidance_scale`. Where it is exactly 1 the unconditional pass is skipped.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Interval(Schedule):
     paper: ClassVar[str] = "arXiv:2404.07724"
 
     scale: AnyScale = None
-    low: Annotated[float, Range(0, slider=(0, 5)), "guide above this noise level (exclusive)"] = 0.28
-    high: Annotated[float, Range(0, slider=(0, 20)), "guide up to this noise level (inclusive)"] = 5.42
+    low: Annotated[float, Range(0, slider=(0, 5)), "lower bound, exclusive"] = 0.28
+    high: Annotated[float, Range(0, slider=(0, 20)), "upper bound, inclusive"] = 5.42
     tolerance: Annotated[float, Range(0, 0.1), "added to both bounds, for rounded ones"] = 0.005
 
     def __post_init__(self) -> None:
@@ -136,7 +136,7 @@ class _Ramp(Schedule):
 
     scale: AnyScale = None
     decreasing: Annotated[bool, "fall where the ramp would rise"] = False
-    floor: Annotated[float | None, Range(0, slider=(0, 4)), "the ramp never falls below this"] = None
+    floor: Annotated[float | None, Range(0, slider=(0, 4)), "least value of the ramp"] = None
     ramps: Annotated[
         Literal["excess", "scale"],
         "what is ramped: the excess w - 1 (never below conditional) or the scale w itself",
@@ -169,7 +169,7 @@ class Linear(_Ramp):
 
 @dataclass(frozen=True)
 class Cosine(_Ramp):
-    """Cosine ramp, arXiv:2404.13040: w = 1 + (scale - 1)(1 - cos(pi p)); with `floor`, clamp-cosine.
+    """Cosine ramp, arXiv:2404.13040: w = 1 + (scale - 1)(1 - cos pi p); `floor`: clamp-cosine.
 
     The exact form of the non-linear shapes is known second-hand only (unverified).
     """
@@ -207,7 +207,7 @@ class PowerCosine(Schedule):
     paper: ClassVar[str] = "arXiv:2303.14389"
 
     scale: AnyScale = None
-    power: Annotated[float, Range(0, slider=(0.01, 8)), "large: late guidance; small: constant"] = 4.0
+    power: Annotated[float, Range(0, slider=(0.01, 8)), "large: guide late"] = 4.0
 
     def __call__(self, moment: Moment) -> float:
         w = scale_at(self.scale, moment)
@@ -218,7 +218,7 @@ class PowerCosine(Schedule):
 class BetaCurve(Schedule):
     """The time curve of beta-CFG, arXiv:2502.10574: the Beta(a, b) density over progress.
 
-    With the paper's `base="uncond"` w = scale * B(p): both ends of the run are purely unconditional.
+    With the paper's `base="uncond"` w = scale * B(p): both ends of the run are unconditional.
     `base="cond"` gives 1 + (scale - 1) B(p). Without the paper's norm, which is `BetaCFG`'s.
     """
 

@@ -1,8 +1,8 @@
 """What a strategy sees: the moment in the run, the latent, and predictions readable in any space.
 
-Notation (the field's): ``x = alpha * x0 + sigma * eps`` is the noisy latent *as the network sees it*;
-``nsr = sigma / alpha`` is the noise level of EDM-style papers. For schedulers that keep their latents
-in another scale (Euler, Heun, LMS), the engine converts, so that a strategy needs one convention only.
+Notation (the field's): ``x = alpha * x0 + sigma * eps`` is the noisy latent *as the network sees
+it*; ``nsr = sigma / alpha`` is the noise level of EDM-style papers. For schedulers that keep their
+latents in another scale (Euler, Heun, LMS) the engine converts, so one convention is enough.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Moment:
 class Step(Moment):
     """One evaluation of the guidance: the moment, the latent and the predictions.
 
-    `stage` counts the evaluations of a multi-stage solver within one step; state advances at stage 0.
+    `stage` counts the evaluations of a multi-stage solver in one step; state advances at stage 0.
     `level` and `next_level` are the noise levels of this evaluation and after the step.
     """
 
@@ -157,7 +157,7 @@ class Step(Moment):
 
     @property
     def uncond(self) -> Prediction:
-        """The unconditional (or negative) prediction; evaluated now if it was not asked for before."""
+        """The unconditional (or negative) prediction; evaluated now if it was not before."""
         if self._uncond is None:
             self._uncond = self.evaluate("uncond")
         return self._uncond

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before diffusers is imported: a test that reaches for the hub must fail
-)
+# Before diffusers is imported: a test that reaches for the hub must fail.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import pytest

@@ -34,7 +34,7 @@ _HOOK = "guidancekit"
 
 
 class Attachment:
-    """One guidance on one pipeline. Holds the guidance weakly: when that dies, the hooks come off."""
+    """One guidance on one pipeline. It holds the guidance weakly and comes off when that dies."""
 
     def __init__(self, guidance: Guidance, pipe: Any) -> None:
         self.pipe = pipe
@@ -53,13 +53,14 @@ class Attachment:
     # --- installing and removing ----------------------------------------------------------------
 
     def _patch_denoiser(self) -> None:
-        if hasattr(self.denoiser, "_diffusers_hook"):
-            other = self.denoiser._diffusers_hook.get_hook(_HOOK)
+        found = vars(self.denoiser).get("_diffusers_hook")
+        if isinstance(found, HookRegistry):
+            other = found.get_hook(_HOOK)
             if isinstance(other, DenoiserHook):
                 other.attachment.remove()
-        self._found = {
-            name: name in vars(self.denoiser) for name in ("forward", "_diffusers_hook")
-        }
+        self._found = [
+            name for name in ("forward", "_diffusers_hook") if name in vars(self.denoiser)
+        ]
         registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
         registry.register_hook(DenoiserHook(self), _HOOK)
 
@@ -91,9 +92,8 @@ class Attachment:
         registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
         registry.remove_hook(_HOOK, recurse=False)
         if not registry.hooks:
-            for name, existed in self._found.items():
-                if not existed:
-                    vars(self.denoiser).pop(name, None)
+            for name in {"forward", "_diffusers_hook"} - set(self._found):
+                vars(self.denoiser).pop(name, None)
 
     # --- the course of a run --------------------------------------------------------------------
 
@@ -311,19 +311,18 @@ class Run:
                 f"{_guidance_scale(self.pipe)}). Call the pipeline with a guidance_scale above 1, "
                 "for example guidance_scale=5; the scale of the strategy is the one that counts."
             )
-        if not any(active) and len(self.branches) > 1:
-            levels = self.moments[0].grid
-            span = f", whose noise levels fall from {levels[0]:.3g} to {levels[-2]:.3g}" if levels else ""
-            self._warn(f"{guidance!r} guides none of the {len(active)} steps of this run{span}.")
-
-    def _warn(self, message: str) -> None:
-        self.report.warnings.append(message)
-        warnings.warn(message, stacklevel=2)
+        if guidance.scheduled and not any(active):
+            message = f"{guidance!r} guides none of the {len(active)} steps of this run"
+            grid = self.moments[0].grid
+            if grid:
+                message += f", whose noise levels fall from {grid[0]:.3g} to {grid[-2]:.3g}"
+            self.report.warnings.append(f"{message}.")
+            warnings.warn(f"{message}.", stacklevel=2)
 
     # --- one evaluation -------------------------------------------------------------------------
 
     def _evaluate(self, call: Call, moment: Moment, needs_uncond: bool) -> Step:
-        """Run the network on the rows that the strategy needs, and lay the results out as a Step."""
+        """Run the network on the rows that the strategy needs; lay the results out as a Step."""
         both = needs_uncond and len(self.branches) > 1
         out = self._network(call, None if both else "cond")
         x = call.x(channels=out.shape[1])

@@ -53,7 +53,7 @@ class Call:
         return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
 
     def x(self, channels: int) -> Tensor:
-        """The noisy latent [B, channels, ...]; inpainting networks read further channels after it."""
+        """The noisy latent [B, channels, ...]; inpainting networks read more channels after it."""
         return self.sample[-self.batch :, :channels]
 
     def evaluate(

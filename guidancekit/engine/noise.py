@@ -1,8 +1,9 @@
-"""What the engine knows of schedulers: noise levels, prediction types, and which can be corrected."""
+"""What the engine knows of schedulers: noise levels, prediction types, who can be corrected."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from diffusers import schedulers as diffusers_schedulers
@@ -67,7 +68,7 @@ def levels(scheduler: Any) -> list[tuple[Level, Level]] | None:
         return _discrete(scheduler)
     else:
         return None
-    return list(zip(chain[:-1], chain[1:], strict=True))[: len(scheduler.timesteps)]
+    return list(pairwise(chain))[: len(scheduler.timesteps)]
 
 
 def _variance_exploding(sigma: float) -> Level:

@@ -29,7 +29,9 @@ class CFG(ClassifierFree):
     paper = "arXiv:2207.12598"
     presets = {
         "sdxl-interval": Preset({"scale": Interval(16, 0.28, 5.42)}, f"{_INTERVAL_PAPER}, by eye"),
-        "dit-interval": Preset({"scale": Interval(2.5, 0.34, 1.02)}, f"{_INTERVAL_PAPER}, best FID"),
+        "dit-interval": Preset(
+            {"scale": Interval(2.5, 0.34, 1.02)}, f"{_INTERVAL_PAPER}, best FID"
+        ),
         "dit-interval-dino": Preset(
             {"scale": Interval(4.0, 0.45, 1.23)}, f"{_INTERVAL_PAPER}, best FD-DINOv2"
         ),

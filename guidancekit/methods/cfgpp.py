@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from diffusers.configuration_utils import register_to_config
@@ -47,11 +48,9 @@ class CFGPlusPlus(Guidance):
         scale: Annotated[
             float | Schedule | None,
             Range(0, slider=(0, 2)),
-            "lambda (or a CFG scale, see strength); None is the pipeline's guidance_scale, converted",
+            "lambda, or a CFG scale (see strength); None is the pipeline's guidance_scale",
         ] = None,
-        strength: Annotated[
-            Literal["lambda", "equivalent_cfg"], "what the scale means"
-        ] = "lambda",
+        strength: Annotated[Literal["lambda", "equivalent_cfg"], "what the scale means"] = "lambda",
     ) -> None:
         self.scale = schedules.from_config(scale)
         self.strength = strength
@@ -87,7 +86,7 @@ def gains(grid: tuple[float, ...]) -> list[float]:
             "CFG++ needs the noise level of each step, which is unknown for this scheduler: "
             "use DDIM, Euler, DPM++ or a flow-matching Euler scheduler."
         )
-    ratios = (0.0 if math.isinf(now) else after / now for now, after in zip(grid, grid[1:], strict=False))
+    ratios = (0.0 if math.isinf(now) else after / now for now, after in pairwise(grid))
     return [1 / (1 - ratio) for ratio in ratios]
 
 

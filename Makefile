@@ -1,0 +1,60 @@
+# Everything happens in .venv; a second run of any target installs nothing.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    := samples/out
+LOWEST := .venv-lowest
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-lowest clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+		awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+# The stamps are touched last, so an installation that broke off is repeated.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## draw the comparison grid: three prompts under five methods
+	$(BIN)/guidancekit compare \
+		"a big red circle on a white background" \
+		"a blue star above a yellow square" \
+		"a green heart left of a purple ring" \
+		--methods cfg,apg,cfg++,fdg,interval --seeds 0 --out $(OUT)/demo.png
+
+test: $(VENV)/.installed-dev ## ruff, mypy and pytest
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev ## ruff and mypy only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## rewrite the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-lowest: $(LOWEST)/.installed ## pytest with the oldest versions that pyproject.toml allows
+	$(LOWEST)/bin/pytest
+
+clean: ## remove the environments, caches and pictures
+	rm -rf $(VENV) $(LOWEST) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+"""Steps made by hand, so that a method's mathematics can be tested without a pipeline."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from guidancekit import Prediction, Step
+from guidancekit.guidance import State
+from guidancekit.step import Kind, Level
+
+KINDS: tuple[Kind, ...] = ("epsilon", "v_prediction", "flow", "sample")
+
+
+def level_of(kind: Kind, nsr: float) -> Level:
+    """The noise level nsr in the coordinates of a model kind."""
+    if kind == "flow":
+        return Level(1 / (1 + nsr), nsr / (1 + nsr))
+    scale = math.sqrt(1 + nsr**2)
+    return Level(1 / scale, nsr / scale)
+
+
+def from_x0(x0: torch.Tensor, x: torch.Tensor, level: Level, kind: Kind) -> Prediction:
+    """A prediction that says `x0` at `x`, whatever the model kind."""
+    return Prediction(x, x, level, kind).like(x0=x0)
+
+
+def make_step(
+    cond: torch.Tensor,
+    uncond: torch.Tensor,
+    x: torch.Tensor,
+    kind: Kind = "epsilon",
+    nsr: float = 1.0,
+    index: int = 1,
+    total: int = 4,
+    guidance_scale: float | None = 5.0,
+    stage: int = 0,
+) -> Step:
+    """A step whose clean predictions are `cond` and `uncond` at latent `x`, all [B, ...]."""
+    level = level_of(kind, nsr)
+    grid = (*(nsr * 2.0 ** (index - i) for i in range(total)), 0.0)
+    return Step(
+        index=index,
+        total=total,
+        grid=grid,
+        guidance_scale=guidance_scale,
+        stage=stage,
+        timestep=torch.tensor(500),
+        x=x,
+        level=level,
+        next_level=level_of(kind, grid[index + 1]),
+        evaluate=None,  # type: ignore[arg-type]
+        cond=from_x0(cond, x, level, kind),
+        _uncond=from_x0(uncond, x, level, kind),
+    )
+
+
+def random_triple(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random cond, uncond and x; the two predictions are correlated, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    cond, other, x = (torch.randn(*shape, generator=generator) for _ in range(3))
+    return cond, cond + 0.5 * other, x
+
+
+def guide(guidance, step: Step, state: State | None = None) -> Prediction:
+    """One evaluation of a strategy, with a state of its own unless one is given."""
+    return guidance.guide(step, State() if state is None else state)

@@ -1,0 +1,383 @@
+"""Laws that every method obeys, from one table; then what is each method's own."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from steps import KINDS, guide, make_step, random_triple
+
+from guidancekit import (
+    APG,
+    CFG,
+    FDG,
+    CFGPlusPlus,
+    Guidance,
+    GuidanceError,
+    Interval,
+    Linear,
+    parse,
+)
+from guidancekit.guidance import State
+from guidancekit.registry import methods
+
+# A row per method: typical settings, and the settings at which it is CFG at scale w
+# (None: it guides through the step instead, and has its own oracle in test_cfgpp.py).
+LAWS = {
+    "cfg": (dict(scale=6.0, rescale=0.5), lambda w: dict(scale=w)),
+    "apg": (
+        dict(scale=12.0),
+        lambda w: dict(scale=w, eta=1.0, norm_threshold=0.0, momentum=0.0),
+    ),
+    "fdg": (
+        dict(scale_low=3.0, scale_high=9.0, parallel_weights=[0.2, 0.6]),
+        lambda w: dict(scale_low=w, scale_high=w),
+    ),
+    "cfg++": (dict(scale=0.8), None),
+}
+TYPICAL = [pytest.param(methods()[name](**row[0]), id=name) for name, row in LAWS.items()]
+REDUCIBLE = {name: row[1] for name, row in LAWS.items() if row[1] is not None}
+
+
+def test_every_method_has_a_row_of_laws():
+    assert set(LAWS) == set(methods())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REDUCIBLE)
+@given(w=st.floats(0, 20), seed=st.integers(0, 9))
+def test_reduces_to_cfg(name, kind, w, seed):
+    step = make_step(*random_triple(2, 4, 8, 7, seed=seed), kind, nsr=0.9)
+    guided = guide(methods()[name](**REDUCIBLE[name](w)), step)
+    torch.testing.assert_close(guided.x0, step.cfg(w).x0, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_batch_of_two_equals_two_of_one(guidance):
+    triple = random_triple(2, 4, 8, 8)
+    triple[0][1] *= 30  # a batch mate of another size must not matter
+    together = guide(guidance, make_step(*triple)).out
+    for row in range(2):
+        alone = guide(guidance, make_step(*(tensor[row : row + 1] for tensor in triple))).out
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_space_does_not_matter(guidance, kind):
+    """The same clean predictions give the same guided one, whatever the network predicts."""
+    if isinstance(guidance, CFG):
+        guidance = CFG(guidance.scale)  # rescaling is defined on the network's own output
+    triple = random_triple(1, 4, 8, 8)
+    reference = guide(guidance, make_step(*triple, "sample")).x0
+    torch.testing.assert_close(
+        guide(guidance, make_step(*triple, kind)).x0, reference, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_finite_in_half_precision(guidance, dtype):
+    cond, uncond, x = (1e4 * t.to(dtype) for t in random_triple(1, 4, 16, 16))
+    for first, second in ((cond, uncond), (cond, cond), (0 * cond, 0 * cond)):
+        guided = guide(guidance, make_step(first, second, x, "epsilon"))
+        assert guided.out.dtype == torch.float32
+        assert torch.isfinite(guided.out).all()
+
+
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_equal_predictions_stay_as_they_are(guidance):
+    cond, _, x = random_triple(1, 4, 8, 8)
+    step = make_step(cond, cond, x)
+    torch.testing.assert_close(guide(guidance, step).x0, cond, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 4, 3, 6, 5), (2, 4, 13, 21)])
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_shapes_are_kept(guidance, shape):
+    assert guide(guidance, make_step(*random_triple(*shape))).out.shape == shape
+
+
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_config_and_text_round_trips(guidance, tmp_path):
+    guidance.save_config(tmp_path)
+    again = type(guidance).from_config(type(guidance).load_config(tmp_path))
+    assert again == guidance == parse(repr(guidance))
+    assert Guidance.from_config(json.loads(guidance.to_json_string())) == guidance
+
+
+@pytest.mark.parametrize("name", methods())
+def test_documented_and_preset(name):
+    cls = methods()[name]
+    assert cls.paper.startswith("arXiv:") and cls.__doc__ and cls.paper in cls.__doc__
+    for family, preset in cls.presets.items():
+        assert cls.preset(family) == cls(**preset.values)
+        assert preset.source
+    with pytest.raises(GuidanceError, match="no published settings"):
+        cls.preset("a model nobody published settings for")
+
+
+# --- terms and schedules inside a method ---------------------------------------------------------
+
+
+def test_terms_add_up_on_the_conditional_prediction():
+    step = make_step(*random_triple(1, 4, 8, 8))
+    both = guide(CFG(4.0) + CFG(3.0), step)
+    torch.testing.assert_close(both.x0, step.cfg(4.0 + 3.0 - 1.0).x0, atol=1e-5, rtol=1e-5)
+
+
+def test_sums_are_flat_and_round_trip(tmp_path):
+    total = CFG(scale=Interval(Linear(8.0), 0.3, 5.0)) + APG(2.0) + FDG(1.0, 3.0)
+    assert len(total.terms) == 3
+    total.save_config(tmp_path)
+    assert type(total).from_config(type(total).load_config(tmp_path)) == total
+    assert parse(repr(total)) == total
+
+
+def test_scale_none_is_the_pipelines():
+    step = make_step(*random_triple(1, 4, 8, 8), guidance_scale=3.5)
+    torch.testing.assert_close(guide(CFG(), step).out, step.cfg(3.5).out)
+    homeless = make_step(*random_triple(1, 4, 8, 8), guidance_scale=None)
+    with pytest.raises(GuidanceError, match="give the scale"):
+        guide(CFG(), homeless)
+
+
+@pytest.mark.parametrize("cls", [CFG, APG])
+def test_scale_one_is_the_conditional_prediction_itself(cls):
+    step = make_step(*random_triple(1, 4, 8, 8))
+    assert guide(cls(1.0), step) is step.cond
+    assert not cls(1.0).needs_uncond(step, State())
+
+
+def test_rescale_brings_back_the_standard_deviation():
+    step = make_step(*random_triple(2, 4, 8, 8))
+    out = guide(CFG(8.0, rescale=1.0), step).out
+    for row in range(2):
+        torch.testing.assert_close(out[row].std(), step.cond.out[row].std())
+
+
+# --- APG -----------------------------------------------------------------------------------------
+
+
+def apg_by_hand(cond, uncond, w, eta, radius, beta, buffer):
+    """Algorithm 1 of arXiv:2410.02416 for one flattened sample, in float64."""
+    d = cond - uncond + beta * buffer
+    new_buffer = d
+    length = torch.sqrt((d**2).sum())
+    if radius > 0 and length > radius:
+        d = d / length * radius
+    direction = cond / torch.sqrt((cond**2).sum())
+    along = torch.sum(d * direction) * direction
+    return cond + (w - 1) * (d - along + eta * along), new_buffer
+
+
+@given(
+    w=st.floats(0, 20),
+    eta=st.floats(0, 1),
+    radius=st.floats(0, 20),
+    beta=st.floats(-0.9, 0.5),
+    kind=st.sampled_from(KINDS),
+)
+def test_apg_equals_its_algorithm_over_a_run(w, eta, radius, beta, kind):
+    guidance, state = APG(w, eta, radius, beta), State()
+    buffer = torch.zeros(4 * 8 * 8, dtype=torch.float64)
+    for index in range(3):
+        cond, uncond, x = random_triple(1, 4, 8, 8, seed=index)
+        step = make_step(cond, uncond, x, kind, index=index)
+        if w == 1:
+            return
+        guided = guide(guidance, step, state).x0
+        flat = (cond.flatten().double(), uncond.flatten().double())
+        expected, buffer = apg_by_hand(*flat, w, eta, radius, beta, buffer)
+        torch.testing.assert_close(guided.flatten().double(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_apg_without_eta_adds_nothing_along_the_prediction():
+    step = make_step(*random_triple(1, 4, 8, 8))
+    update = guide(APG(10.0), step).x0 - step.cond.x0
+    cosine = torch.nn.functional.cosine_similarity(update.flatten(), step.cond.x0.flatten(), dim=0)
+    assert abs(cosine) < 1e-5
+
+
+def test_apg_caps_the_update():
+    step = make_step(*random_triple(3, 4, 8, 8))
+    update = guide(APG(2.0, eta=1.0, norm_threshold=0.7, momentum=0.0), step).x0 - step.cond.x0
+    assert (update.flatten(1).norm(dim=1) <= 0.7 * (1 + 1e-4)).all()
+
+
+def test_apg_default_cap_scales_with_the_latent():
+    small, large = (APG()._threshold(torch.zeros(1, 4, side, side)) for side in (16, 64))
+    assert large == pytest.approx(4 * small) and large == pytest.approx(0.06 * 128)
+
+
+def test_apg_momentum_of_a_constant_difference():
+    state, lengths = State(), []
+    cond, uncond, x = random_triple(1, 4, 8, 8)
+    guidance = APG(2.0, eta=1.0, norm_threshold=0.0, momentum=-0.5)
+    for index in range(4):
+        step = make_step(cond, uncond, x, index=index)
+        update = guide(guidance, step, state).x0 - step.cond.x0
+        lengths.append(float(update.norm() / (cond - uncond).norm()))
+    assert lengths == pytest.approx([1, 0.5, 0.75, 0.625], rel=1e-4)
+
+
+def test_apg_momentum_advances_once_per_solver_step():
+    cond, uncond, x = random_triple(1, 4, 8, 8)
+    one, two = State(), State()
+    guidance = APG(6.0)
+    for index in range(3):
+        guide(guidance, make_step(cond, uncond, x, index=index), one)
+        guide(guidance, make_step(cond, uncond, x, index=index), two)
+        second = guide(guidance, make_step(cond, uncond, x, index=index, stage=1), two)
+    torch.testing.assert_close(one.sum, two.sum)
+    assert torch.isfinite(second.x0).all()
+
+
+# --- FDG -----------------------------------------------------------------------------------------
+
+
+def blur_by_hand(x):
+    """The binomial blur of [H, W] with reflected borders, pixel by pixel, in float64."""
+    weights = [1, 4, 6, 4, 1]
+    height, width = x.shape
+    reflect = lambda i, n: -i if i < 0 else 2 * (n - 1) - i if i >= n else i  # noqa: E731
+    out = torch.zeros_like(x)
+    for i in range(height):
+        for j in range(width):
+            out[i, j] = sum(
+                weights[a]
+                * weights[b]
+                * x[reflect(i + a - 2, height), reflect(j + b - 2, width)]
+                / 256
+                for a in range(5)
+                for b in range(5)
+            )
+    return out
+
+
+def resize_by_hand(x, height, width):
+    """Bilinear resize of [H, W] with pixel centres aligned (align_corners=False)."""
+
+    def sample(position, n):
+        position = min(max(position, 0.0), n - 1.0)
+        low = min(int(position), n - 1)
+        return low, min(low + 1, n - 1), position - low
+
+    out = torch.zeros(height, width, dtype=x.dtype)
+    for i in range(height):
+        top, bottom, v = sample((i + 0.5) * x.shape[0] / height - 0.5, x.shape[0])
+        for j in range(width):
+            left, right, h = sample((j + 0.5) * x.shape[1] / width - 0.5, x.shape[1])
+            upper = (1 - h) * x[top, left] + h * x[top, right]
+            lower = (1 - h) * x[bottom, left] + h * x[bottom, right]
+            out[i, j] = (1 - v) * upper + v * lower
+    return out
+
+
+def low_by_hand(x):
+    small = resize_by_hand(blur_by_hand(x), x.shape[0] // 2, x.shape[1] // 2)
+    return blur_by_hand(resize_by_hand(small, *x.shape))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (13, 21)])
+def test_fdg_equals_two_pyramids_by_hand(size):
+    """The paper builds both pyramids and guides band by band: c + (w - 1)(c - u) in each."""
+    cond, uncond, x = random_triple(1, 1, *size)
+    c, u = cond[0, 0].double(), uncond[0, 0].double()
+    c_low, u_low = low_by_hand(c), low_by_hand(u)
+    # The low band is stored at half size and enlarged on collapse, which is linear.
+    guided_low = c_low + (2.0 - 1) * (c_low - u_low)
+    c_high, u_high = c - c_low, u - u_low
+    expected = guided_low + c_high + (9.0 - 1) * (c_high - u_high)
+    guided = guide(FDG(2.0, 9.0), make_step(cond, uncond, x)).x0[0, 0].double()
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"), [((104, 152), 4), ((96, 96), 4), ((13, 21), 3), ((3, 5), 2), ((8, 8), 1)]
+)
+def test_fdg_pyramid_reconstructs_any_size(size, levels):
+    from guidancekit.methods.fdg import collapse, pyramid
+
+    x, _, _ = random_triple(1, 3, *size)
+    torch.testing.assert_close(collapse(pyramid(x, levels)), x, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (104, 152), (13, 21)])
+@pytest.mark.parametrize("scales", [(1.0, 7.0), (7.0, 1.0), (5.0, 5.0)])
+def test_fdg_runs_on_any_latent_and_at_neutral_bands(size, scales):
+    step = make_step(*random_triple(1, 4, *size))
+    guided = guide(FDG(*scales), step).x0
+    assert guided.shape == step.x.shape and torch.isfinite(guided).all()
+    assert not torch.allclose(guided, step.cond.x0)
+
+
+def test_fdg_low_band_guides_the_mean_and_high_band_does_not():
+    cond, uncond, x = random_triple(1, 4, 32, 32)
+    step = make_step(cond + 1.0, uncond, x)
+    d = (step.cond.x0 - step.uncond.x0).mean()
+    high_only = guide(FDG(1.0, 8.0), step).x0 - step.cond.x0
+    low_only = guide(FDG(8.0, 1.0), step).x0 - step.cond.x0
+    assert abs(high_only.mean()) < 0.02 * abs(7 * d)
+    assert low_only.mean() == pytest.approx(float(7 * d), rel=0.02)
+
+
+def test_fdg_projection_removes_what_is_along_each_clean_band():
+    cond, _, x = random_triple(1, 4, 16, 16)
+    step = make_step(cond, 0.5 * cond, x, "epsilon", nsr=2.0)
+    projected = guide(FDG(6.0, 6.0, parallel_weights=[0.0, 0.0]), step).x0
+    torch.testing.assert_close(projected, cond, atol=1e-4, rtol=1e-4)
+    halved = guide(FDG(6.0, 6.0, parallel_weights=[0.5, 0.5]), step).x0
+    torch.testing.assert_close(halved, cond + 0.5 * 5 * 0.5 * cond, atol=1e-4, rtol=1e-4)
+
+
+def test_fdg_too_many_levels_or_no_grid():
+    with pytest.raises(GuidanceError, match="fewer levels"):
+        guide(FDG(2.0, 5.0, levels=5), make_step(*random_triple(1, 4, 8, 8)))
+    with pytest.raises(GuidanceError, match="spatial grid"):
+        guide(FDG(2.0, 5.0), make_step(*random_triple(1, 64, 16)))
+    with pytest.raises(GuidanceError, match="one for each of the 3 levels"):
+        FDG(2.0, 5.0, levels=3, parallel_weights=[0.5])
+
+
+def test_fdg_defaults_follow_the_pipeline():
+    step = make_step(*random_triple(1, 4, 8, 8), guidance_scale=8.0)
+    assert FDG().scales(step) == [8.0, 4.0]
+    assert FDG(2.0, 8.0, levels=3).scales(step) == [8.0, 5.0, 2.0]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CFG(math.nan), "scale"),
+        (lambda: CFG(math.inf), "scale"),
+        (lambda: CFG(-1), "at least 0"),
+        (lambda: CFG("7"), "expected a number or a schedule"),
+        (lambda: CFG(True), "expected a number"),
+        (lambda: CFG(5, rescale=1.5), "from 0 to 1"),
+        (lambda: APG(5, eta=-0.1), "eta"),
+        (lambda: APG(5, momentum=-1.0), "momentum"),
+        (lambda: FDG(levels=0), "levels"),
+        (lambda: FDG(levels=2.0), "whole number"),
+        (lambda: CFGPlusPlus(strength="much"), "lambda"),
+        (lambda: Interval(5, low=3, high=1), "empty"),
+        (lambda: Interval(5, low=math.nan), "low"),
+        (lambda: parse("apgg(3)"), "did you mean apg"),
+        (lambda: parse("apg(scal=3)"), "did you mean scale"),
+        (lambda: parse("__import__('os')"), "no method"),
+        (lambda: parse("apg(3"), "expected a method"),
+        (lambda: parse("1 + 2"), "cannot read"),
+        (lambda: parse("apg.scale"), "cannot read"),
+        (lambda: parse("cfg(1, 2, 3)"), "takes 2 values"),
+    ],
+)
+def test_bad_input_is_refused_with_a_clear_message(make, message):
+    with pytest.raises(GuidanceError, match=message):
+        make()
