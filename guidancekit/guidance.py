@@ -38,7 +38,8 @@ class Guidance(PipelineCallback):
     """A guidance strategy: one rule that turns predictions into the guided prediction.
 
     Subclasses state `name`, `paper` and `presets`, declare their parameters in the constructor's
-    signature, and implement `guide`. Everything about pipelines is the engine's business.
+    signature (which validates and records them), and implement `guide`. Everything about pipelines
+    is the engine's business.
     """
 
     config_name = "guidance_config.json"
@@ -48,6 +49,15 @@ class Guidance(PipelineCallback):
     presets: ClassVar[Mapping[str, Preset]] = {}
     edits_latents: ClassVar[bool] = False
     """Whether `after_step` moves the latents, which not every scheduler tolerates."""
+
+    @register_to_config
+    def __init__(self) -> None:
+        pass
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            cls.__init__ = register_to_config(cls.__init__)  # type: ignore[method-assign]
 
     # --- what a strategy implements -------------------------------------------------------------
 
@@ -119,7 +129,8 @@ class Guidance(PipelineCallback):
                 f"{cls.__name__} has no published settings for {family!r}. Published: {known}. "
                 f"Give the parameters yourself: {cls.__name__}(...)."
             )
-        return cls(**{**cls.presets[family].values, **changes})
+        make: Any = cls
+        return make(**{**cls.presets[family].values, **changes})
 
     def __enter__(self) -> Guidance:
         self._require_attachment().entered = True
@@ -208,12 +219,11 @@ class Sum(Guidance):
 
     name = "sum"
 
-    @register_to_config
     def __init__(self, terms: Annotated[Sequence[Any], "the strategies to add"]) -> None:
         flat: list[Guidance] = []
         for term in (_live(term) for term in terms):
             flat.extend(term.terms if isinstance(term, Sum) else [term])
-        self.terms = tuple(flat)
+        self.terms: tuple[Guidance, ...] = tuple(flat)
 
     @property
     def edits_latents(self) -> bool:  # type: ignore[override]

@@ -118,7 +118,7 @@ class Parameter:
 
 def parameters(cls: type) -> list[Parameter]:
     """The constructor arguments of `cls`, in order, read from its annotated signature."""
-    constructor = vars(cls)["__init__"]
+    constructor: Any = cls.__init__  # type: ignore[misc]
     hints = get_type_hints(constructor, include_extras=True)
     arguments = list(inspect.signature(constructor).parameters.items())[1:]
     return [

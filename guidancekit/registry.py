@@ -25,7 +25,7 @@ def methods() -> dict[str, type[Guidance]]:
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for value in vars(module).values():
             defined_here = getattr(value, "__module__", None) == module.__name__
-            if defined_here and isinstance(value, type) and issubclass(value, Guidance):
+            if isinstance(value, type) and issubclass(value, Guidance) and defined_here:
                 found[value.name] = value
     return dict(sorted(found.items()))
 
@@ -40,8 +40,7 @@ def create(name: str, **values: Any) -> Guidance:
 
     Raises `GuidanceError` for an unknown name or parameter, with the nearest ones.
     """
-    made = _make(name, values)
-    return methods()["cfg"](scale=made) if isinstance(made, Schedule) else made
+    return _scheduled(_make(name, values))
 
 
 def parse(text: str) -> Guidance:
@@ -60,12 +59,16 @@ def parse(text: str) -> Guidance:
         raise GuidanceError(
             f"found {text!r}, expected a method such as apg, apg(scale=12) or cfg(5) + apg."
         ) from error
-    value = _evaluate(tree, text)
-    if isinstance(value, Schedule):
-        value = methods()["cfg"](scale=value)
+    value = _scheduled(_evaluate(tree, text))
     if not isinstance(value, Guidance):
         raise GuidanceError(f"found {text!r}, expected a method such as apg or apg(scale=12).")
     return value
+
+
+def _scheduled(value: Any) -> Any:
+    """CFG under a schedule, where a schedule stands alone."""
+    cfg: Any = methods()["cfg"]
+    return cfg(scale=value) if isinstance(value, Schedule) else value
 
 
 def _evaluate(node: ast.expr, text: str) -> Any:

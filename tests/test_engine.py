@@ -333,9 +333,6 @@ class Counting(Guidance):
 
     name = "counting"
 
-    def __init__(self):
-        self._internal_dict = {}
-
     def guide(self, step, state):
         state.count = getattr(state, "count", 0) + 1
         assert state.count == step.index + 1, "the state starts empty in every run"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .. import schedules
@@ -45,7 +44,6 @@ class APG(ClassifierFree):
         )
     }
 
-    @register_to_config
     def __init__(
         self,
         scale: AnyScale = None,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from diffusers.configuration_utils import register_to_config
-
 from .. import schedules
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
@@ -37,7 +35,6 @@ class CFG(ClassifierFree):
         ),
     }
 
-    @register_to_config
     def __init__(
         self,
         scale: AnyScale = None,

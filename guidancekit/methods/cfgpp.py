@@ -8,7 +8,6 @@ import warnings
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .. import schedules
@@ -42,7 +41,6 @@ class CFGPlusPlus(Guidance):
         "sdxl-lightning": Preset({"scale": 1.0}, "CFGpp-diffusion/CFGpp, 4 steps"),
     }
 
-    @register_to_config
     def __init__(
         self,
         scale: Annotated[

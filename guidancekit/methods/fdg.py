@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from .. import schedules
@@ -51,7 +50,6 @@ class FDG(Guidance):
         )
     }
 
-    @register_to_config
     def __init__(
         self,
         scale_low: Annotated[
