@@ -5,29 +5,37 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from . import bundled
 from .errors import GuidanceError
-from .guidance import Guidance, Preset, Sum
-from .registry import methods as _methods
-from .registry import parse
-from .schedules import SCHEDULES, Schedule
-from .step import Moment, Prediction, Step
 
 __version__ = "0.1.0"
 
-_strategies = {cls.__name__: cls for cls in (*_methods().values(), *SCHEDULES.values())}
-globals().update(_strategies)
 
-__all__ = [
-    "Guidance",
-    "GuidanceError",
-    "Moment",
-    "Prediction",
-    "Preset",
-    "Schedule",
-    "Step",
-    "Sum",
-    "bundled",
-    "parse",
-    *_strategies,
-]
+@functools.cache
+def _exports() -> dict[str, Any]:
+    """The public names. Loaded on first use: importing torch and diffusers takes seconds."""
+    from .guidance import Guidance, Preset, Sum
+    from .registry import methods, parse, schedules
+    from .schedules import Schedule
+    from .step import Moment, Prediction, Step
+
+    strategies = (*methods().values(), *schedules().values())
+    library = (Guidance, Preset, Sum, Moment, Prediction, Step, Schedule, parse)
+    return {each.__name__: each for each in (*library, *strategies)}
+
+
+__all__ = ["GuidanceError", "bundled"]  # and, on first use, what _exports holds
+
+
+def __getattr__(name: str) -> Any:
+    public = name[:1].isupper() or name == "parse"  # the rest are submodules, found as such
+    if not public or name not in _exports():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _exports()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_exports()])

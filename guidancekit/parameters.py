@@ -85,19 +85,19 @@ class Parameter:
         if self.kind == "choice":
             if value not in self.choices:
                 options = ", ".join(repr(choice) for choice in self.choices)
-                raise GuidanceError(f"{where}: found {value!r}, expected one of {options}.")
+                raise GuidanceError(f"{where}: found {value!r:.80}, expected one of {options}.")
             return
         if self.kind == "bool":
             if not isinstance(value, bool):
-                raise GuidanceError(f"{where}: found {value!r}, expected True or False.")
+                raise GuidanceError(f"{where}: found {value!r:.80}, expected True or False.")
             return
         if self.kind == "str":
             if not isinstance(value, str):
-                raise GuidanceError(f"{where}: found {value!r}, expected text.")
+                raise GuidanceError(f"{where}: found {value!r:.80}, expected text.")
             return
         if self.kind == "floats":
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise GuidanceError(f"{where}: found {value!r}, expected a list of numbers.")
+                raise GuidanceError(f"{where}: found {value!r:.80}, expected a list of numbers.")
             for item in value:
                 self._check_number(item, where)
             return
@@ -111,9 +111,9 @@ class Parameter:
             expected += " or None"
         types_ = (int,) if self.kind == "int" else (int, float)
         if isinstance(value, bool) or not isinstance(value, types_):
-            raise GuidanceError(f"{where}: found {value!r}, expected {expected}.")
-        if not math.isfinite(value) or value not in self.range:
-            raise GuidanceError(f"{where}: found {value!r}, expected {expected}, {self.range}.")
+            raise GuidanceError(f"{where}: found {value!r:.80}, expected {expected}.")
+        if not abs(value) < 1e12 or value not in self.range:
+            raise GuidanceError(f"{where}: found {value!r:.80}, expected {expected}, {self.range}.")
 
 
 def parameters(cls: type) -> list[Parameter]:

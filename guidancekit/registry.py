@@ -6,6 +6,7 @@ import ast
 import difflib
 import functools
 import importlib
+import inspect
 import pkgutil
 from typing import Any
 
@@ -13,6 +14,8 @@ from .errors import GuidanceError
 from .guidance import Guidance
 from .parameters import parameters
 from .schedules import SCHEDULES, Schedule
+
+_LONGEST = 2000  # characters; text may come from a stranger's file
 
 
 @functools.cache
@@ -24,8 +27,8 @@ def methods() -> dict[str, type[Guidance]]:
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for value in vars(module).values():
-            defined_here = getattr(value, "__module__", None) == module.__name__
-            if isinstance(value, type) and issubclass(value, Guidance) and defined_here:
+            defined_here = inspect.isclass(value) and value.__module__ == module.__name__
+            if defined_here and issubclass(value, Guidance):
                 found[value.name] = value
     return dict(sorted(found.items()))
 
@@ -33,6 +36,19 @@ def methods() -> dict[str, type[Guidance]]:
 def schedules() -> dict[str, type[Schedule]]:
     """Every schedule by its registry name."""
     return dict(SCHEDULES)
+
+
+def find(name: str) -> type[Guidance] | type[Schedule]:
+    """The strategy or schedule class of a registry or class name, in any case."""
+    known: dict[str, type[Guidance] | type[Schedule]] = {**methods(), **SCHEDULES}
+    by_class = {cls.__name__.lower(): cls for cls in known.values()}
+    cls = known.get(name.lower()) or by_class.get(name.lower())
+    if cls is None:
+        raise GuidanceError(
+            f"there is no method {name!r}{_nearest(name, list(known))}. "
+            f"There are: {', '.join(known)}."
+        )
+    return cls
 
 
 def create(name: str, **values: Any) -> Guidance:
@@ -49,19 +65,21 @@ def parse(text: str) -> Guidance:
     Names are registry or class names. ``parse(repr(guidance))`` rebuilds any guidance. Only names,
     calls, numbers, strings, lists and ``+`` are read; nothing is executed.
     """
-    source = text.strip()
+    source = text.strip().replace("\0", "?")
     for name, cls in sorted({**methods(), **SCHEDULES}.items(), key=lambda item: -len(item[0])):
         if not name.isidentifier():
             source = source.replace(name, cls.__name__)
+    expected = GuidanceError(
+        f"found {text[:80]!r}, expected a method such as apg, apg(scale=12) or cfg(5) + apg."
+    )
+    if len(source) > _LONGEST:
+        raise expected
     try:
-        tree = ast.parse(source, mode="eval").body
-    except SyntaxError as error:
-        raise GuidanceError(
-            f"found {text!r}, expected a method such as apg, apg(scale=12) or cfg(5) + apg."
-        ) from error
-    value = _scheduled(_evaluate(tree, text))
+        value = _scheduled(_evaluate(ast.parse(source, mode="eval").body, text))
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise expected from error
     if not isinstance(value, Guidance):
-        raise GuidanceError(f"found {text!r}, expected a method such as apg or apg(scale=12).")
+        raise expected
     return value
 
 
@@ -82,7 +100,7 @@ def _evaluate(node: ast.expr, text: str) -> Any:
         case ast.Name(id=name):
             return _make(name, {})
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            names = [parameter.name for parameter in parameters(_find(name))]
+            names = [parameter.name for parameter in parameters(find(name))]
             if len(args) > len(names):
                 raise GuidanceError(f"{name} takes {len(names)} values, found {len(args)}.")
             given = dict(zip(names, args, strict=False))
@@ -96,7 +114,7 @@ def _evaluate(node: ast.expr, text: str) -> Any:
 
 
 def _make(name: str, values: dict[str, Any]) -> Any:
-    cls = _find(name)
+    cls = find(name)
     known = [parameter.name for parameter in parameters(cls)]
     for key in values:
         if key not in known:
@@ -105,18 +123,6 @@ def _make(name: str, values: dict[str, Any]) -> Any:
                 f"It has: {', '.join(known)}."
             )
     return cls(**values)
-
-
-def _find(name: str) -> type[Guidance] | type[Schedule]:
-    known: dict[str, type[Guidance] | type[Schedule]] = {**methods(), **SCHEDULES}
-    by_class = {cls.__name__.lower(): cls for cls in known.values()}
-    cls = known.get(name.lower()) or by_class.get(name.lower())
-    if cls is None:
-        raise GuidanceError(
-            f"there is no method {name!r}{_nearest(name, list(known))}. "
-            f"There are: {', '.join(known)}."
-        )
-    return cls
 
 
 def _nearest(word: str, known: list[str]) -> str:
