@@ -16,7 +16,7 @@ from . import schedules
 from .errors import GuidanceError
 from .parameters import check, parameters
 from .schedules import Schedule, scale_at
-from .step import Moment, Prediction, Step
+from .step import BOTH, COND, UNCOND, Branch, Moment, Prediction, Step
 from .tensors import TINY, dot
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ class Guidance(PipelineCallback):
 
     # --- what a strategy implements -------------------------------------------------------------
 
-    def needs_uncond(self, moment: Moment, state: State) -> bool:
-        """Whether this step uses the unconditional prediction; if not, it is not computed."""
-        return True
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
+        """The branches that this step uses; the others are not computed."""
+        return BOTH
 
     def guide(self, step: Step, state: State) -> Prediction:
         """The guided prediction of one evaluation, per sample, in float32."""
@@ -77,10 +77,10 @@ class Guidance(PipelineCallback):
         """How far along cond - uncond the guided prediction lies: exactly w for CFG; shape [B].
 
         <guided - uncond, cond - uncond> / ||cond - uncond||^2 per sample, the same in every space;
-        1 where the unconditional prediction was not used.
+        1 where the unconditional prediction was not used, 0 where nothing else was.
         """
-        if not step.evaluated_uncond:
-            return 1.0
+        if "uncond" not in step.evaluated or "cond" not in step.evaluated:
+            return float("cond" in step.evaluated)
         difference = step.cond.out - step.uncond.out
         along = dot(guided.out - step.uncond.out, difference)
         return (along / dot(difference, difference).clamp_min(TINY)).flatten()
@@ -210,8 +210,8 @@ class ClassifierFree(Guidance):
 
     scale: schedules.Scale
 
-    def needs_uncond(self, moment: Moment, state: State) -> bool:
-        return scale_at(self.scale, moment) != 1
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
+        return {0.0: UNCOND, 1.0: COND}.get(scale_at(self.scale, moment), BOTH)
 
 
 class Sum(Guidance):
@@ -238,17 +238,17 @@ class Sum(Guidance):
             state.terms = [State() for _ in self.terms]
         return state.terms
 
-    def needs_uncond(self, moment: Moment, state: State) -> bool:
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
         pairs = zip(self.terms, self._states(state), strict=True)
-        needs = [term.needs_uncond(moment, own) for term, own in pairs]  # every term, for its state
-        return any(needs)
+        needed = {branch for term, own in pairs for branch in term.needs(moment, own)}
+        return tuple(branch for branch in BOTH if branch == "cond" or branch in needed)
 
     def guide(self, step: Step, state: State) -> Prediction:
         out = step.cond.out
         for term, own in zip(self.terms, self._states(state), strict=True):
             own.guided = term.guide(step, own)
             out = out + (own.guided.out - step.cond.out)
-        return step.cond.like(out=out)
+        return step.predict(out=out)
 
     def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
         for term, own in zip(self.terms, self._states(state), strict=True):

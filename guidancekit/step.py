@@ -15,6 +15,9 @@ from typing import Literal
 from torch import Tensor
 
 Branch = Literal["cond", "uncond"]
+COND: tuple[Branch, ...] = ("cond",)
+UNCOND: tuple[Branch, ...] = ("uncond",)
+BOTH: tuple[Branch, ...] = ("uncond", "cond")
 Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
@@ -84,21 +87,19 @@ class Prediction:
             return self.out
         return self.level.alpha * self.eps - self.level.sigma * self.x0
 
-    def like(self, *, out: Tensor | None = None, x0: Tensor | None = None) -> Prediction:
-        """A prediction at the same (x, t) from an output of the network's kind, or from `x0`."""
-        if out is None:
-            assert x0 is not None
-            alpha, sigma = self.level.alpha, self.level.sigma
-            match self.kind:
-                case "epsilon":
-                    out = (self.x - alpha * x0) / sigma
-                case "v_prediction":
-                    out = (alpha * self.x - x0) / sigma
-                case "flow":
-                    out = (self.x - x0) / sigma
-                case "sample":
-                    out = x0
-        return Prediction(out, self._x, self.level, self.kind)
+    @classmethod
+    def from_x0(cls, x0: Tensor, x: Tensor, level: Level, kind: Kind) -> Prediction:
+        """What a network of this kind would put out to say `x0` at `x`."""
+        match kind:
+            case "epsilon":
+                out = (x - level.alpha * x0) / level.sigma
+            case "v_prediction":
+                out = (level.alpha * x - x0) / level.sigma
+            case "flow":
+                out = (x - x0) / level.sigma
+            case "sample":
+                out = x0
+        return cls(out, x, level, kind)
 
 
 @dataclass
@@ -131,6 +132,7 @@ class Step(Moment):
 
     `stage` counts the evaluations of a multi-stage solver in one step; state advances at stage 0.
     `level` and `next_level` are the noise levels of this evaluation and after the step.
+    `evaluate(branch, x=None, timestep=None, level=None)` runs the network once more.
     """
 
     stage: int
@@ -138,9 +140,9 @@ class Step(Moment):
     x: Tensor
     level: Level
     next_level: Level
+    kind: Kind
     evaluate: Callable[..., Prediction]
-    cond: Prediction
-    _uncond: Prediction | None = None
+    evaluated: dict[Branch, Prediction]
 
     @property
     def alpha(self) -> float:
@@ -151,21 +153,35 @@ class Step(Moment):
         return self.level.sigma
 
     @property
-    def evaluated_uncond(self) -> bool:
-        """Whether the unconditional prediction has been paid for."""
-        return self._uncond is not None
+    def cond(self) -> Prediction:
+        """The conditional prediction; evaluated now if it was not foreseen."""
+        return self._branch("cond")
 
     @property
     def uncond(self) -> Prediction:
-        """The unconditional (or negative) prediction; evaluated now if it was not before."""
-        if self._uncond is None:
-            self._uncond = self.evaluate("uncond")
-        return self._uncond
+        """The unconditional (or negative) prediction; evaluated now if it was not foreseen."""
+        return self._branch("uncond")
+
+    def _branch(self, branch: Branch) -> Prediction:
+        if branch not in self.evaluated:
+            self.evaluated[branch] = self.evaluate(branch)
+        return self.evaluated[branch]
+
+    def predict(self, *, out: Tensor | None = None, x0: Tensor | None = None) -> Prediction:
+        """A prediction of this step from an output of the network's kind, or from `x0`."""
+        if out is not None:
+            return Prediction(out, self.x, self.level, self.kind)
+        assert x0 is not None, "predict(out=...) or predict(x0=...)"
+        return Prediction.from_x0(x0, self.x, self.level, self.kind)
 
     def cfg(self, w: float) -> Prediction:
         """Plain classifier-free guidance, uncond + w (cond - uncond): the same in every space."""
+        if w == 1:
+            return self.cond
+        if w == 0:
+            return self.uncond
         cond, uncond = self.cond.out, self.uncond.out
-        return self.cond.like(out=uncond + w * (cond - uncond))
+        return self.predict(out=uncond + w * (cond - uncond))
 
     def shift_next(self, latents: Tensor, d: Tensor) -> Tensor:
         """Move the clean estimate behind the next `latents` by `d` at fixed noise (float32 inside).

@@ -23,7 +23,7 @@ def level_of(kind: Kind, nsr: float) -> Level:
 
 def from_x0(x0: torch.Tensor, x: torch.Tensor, level: Level, kind: Kind) -> Prediction:
     """A prediction that says `x0` at `x`, whatever the model kind."""
-    return Prediction(x, x, level, kind).like(x0=x0)
+    return Prediction.from_x0(x0, x, level, kind)
 
 
 def make_step(
@@ -50,9 +50,12 @@ def make_step(
         x=x,
         level=level,
         next_level=level_of(kind, grid[index + 1]),
+        kind=kind,
         evaluate=None,  # type: ignore[arg-type]
-        cond=from_x0(cond, x, level, kind),
-        _uncond=from_x0(uncond, x, level, kind),
+        evaluated={
+            "cond": from_x0(cond, x, level, kind),
+            "uncond": from_x0(uncond, x, level, kind),
+        },
     )
 
 

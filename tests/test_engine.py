@@ -328,6 +328,24 @@ def test_copies_are_not_attached(sd):
 # --- runs ----------------------------------------------------------------------------------------
 
 
+class Frozen(Guidance):
+    """Predicts zero noise and never asks the network."""
+
+    name = "frozen"
+
+    def needs(self, moment, state):
+        return ()
+
+    def guide(self, step, state):
+        return step.predict(out=torch.zeros_like(step.x))
+
+
+def test_no_branch_at_all_costs_nothing(sd):
+    with Frozen().attach(sd) as guidance:
+        assert torch.isfinite(call(sd)).all()
+    assert guidance.report().rows_per_step == [0] * STEPS
+
+
 class Counting(Guidance):
     """A strategy that remembers how many steps it has seen."""
 
@@ -668,8 +686,8 @@ def test_evaluate_runs_further_evaluations_and_counts_them(sd):
 
 def test_uncond_is_evaluated_late_if_it_was_not_foreseen(sd):
     class Late(CFG):
-        def needs_uncond(self, moment, state):
-            return False
+        def needs(self, moment, state):
+            return ("cond",)
 
     plain = call(sd, 6.0)
     with Late(6.0).attach(sd) as guidance:

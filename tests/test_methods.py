@@ -150,7 +150,8 @@ def test_scale_none_is_the_pipelines():
 def test_scale_one_is_the_conditional_prediction_itself(cls):
     step = make_step(*random_triple(1, 4, 8, 8))
     assert guide(cls(1.0), step) is step.cond
-    assert not cls(1.0).needs_uncond(step, State())
+    assert cls(1.0).needs(step, State()) == ("cond",)
+    assert cls(0.0).needs(step, State()) == ("uncond",)
 
 
 def test_rescale_brings_back_the_standard_deviation():

@@ -189,14 +189,13 @@ class Run:
         if moment.index == len(self.report.steps):
             nsr = moment.nsr if moment.grid else None
             self.report.steps.append(StepRecord(moment.index, nsr))
-        needs_uncond = self.guidance.needs_uncond(moment, self.state)
-        self.step = step = self._evaluate(call, moment, needs_uncond)
+        self.step = step = self._evaluate(call, moment, self.guidance.needs(moment, self.state))
         guided = self.guidance.guide(step, self.state)
         self._record(step, guided)
         out = guided.out
         if len(self.branches) > 1 and _guidance_rescale(self.pipe):
             out = match_std(out, step.cond.out, _guidance_rescale(self.pipe))
-        self.guided = out.to(call.reply[0].dtype)
+        self.guided = out.to(call.sample.dtype)
         if not self.verified:
             # A known offset between the branches shows what the pipeline does with them.
             return call.answer(cond=self.guided + 1, uncond=self.guided)
@@ -303,7 +302,7 @@ class Run:
                 "DPMSolverMultistepScheduler or FlowMatchEulerDiscreteScheduler."
             )
         planned = State()
-        active = [guidance.needs_uncond(moment, planned) for moment in self.moments]
+        active = ["uncond" in guidance.needs(moment, planned) for moment in self.moments]
         if any(active) and "uncond" not in self.branches:
             raise GuidanceError(
                 f"{guidance!r} needs the unconditional prediction, but "
@@ -321,11 +320,9 @@ class Run:
 
     # --- one evaluation -------------------------------------------------------------------------
 
-    def _evaluate(self, call: Call, moment: Moment, needs_uncond: bool) -> Step:
-        """Run the network on the rows that the strategy needs; lay the results out as a Step."""
-        both = needs_uncond and len(self.branches) > 1
-        out = self._network(call, None if both else "cond")
-        x = call.x(channels=out.shape[1])
+    def _evaluate(self, call: Call, moment: Moment, needed: tuple[Branch, ...]) -> Step:
+        """Run the network on the branches that the strategy needs; lay out the results as a Step."""
+        x = call.x(self._channels)
         level, next_level = self._levels[self.position] if self._levels else (_UNKNOWN, _UNKNOWN)
 
         def evaluate(
@@ -334,15 +331,17 @@ class Run:
             timestep: Any = None,
             level: Level = level,
         ) -> Prediction:
-            seen = call.x(out.shape[1]) if x is None else x
+            seen = call.x(self._channels) if x is None else x
             return Prediction(self._network(call, branch, x, timestep), seen, level, self._kind)
 
-        predictions = {
-            branch: Prediction(rows, x, level, self._kind)
-            for branch, rows in zip(
-                self.branches if both else ("cond",), out.chunk(2 if both else 1), strict=True
-            )
-        }
+        evaluated: dict[Branch, Prediction] = {}
+        if set(needed) >= set(self.branches) and len(self.branches) > 1:
+            halves = self._network(call, None).chunk(len(self.branches))
+            for branch, out in zip(self.branches, halves, strict=True):
+                evaluated[branch] = Prediction(out, x, level, self._kind)
+        else:
+            for branch in needed:
+                evaluated[branch] = evaluate(branch)
         return Step(
             **vars(moment),
             stage=self._stage,
@@ -350,10 +349,19 @@ class Run:
             x=x.float(),
             level=level,
             next_level=next_level,
+            kind=self._kind,
             evaluate=evaluate,
-            cond=predictions["cond"],
-            _uncond=predictions.get("uncond"),
+            evaluated=evaluated,
         )
+
+    @property
+    def _channels(self) -> int:
+        """Channels of the latent: inpainting networks read more than they predict."""
+        config = (
+            self.pipe.unet.config if hasattr(self.pipe, "unet") else self.pipe.transformer.config
+        )
+        channels: int = config.get("out_channels") or config["in_channels"]
+        return channels
 
     def _network(
         self, call: Call, branch: Branch | None, x: Tensor | None = None, timestep: Any = None
@@ -367,7 +375,7 @@ class Run:
     def _record(self, step: Step, guided: Prediction) -> None:
         if step.stage == 0:
             record = self.report.steps[-1]
-            record.active = guided is not step.cond
+            record.active = guided is not step.evaluated.get("cond")
             record.scale = self.guidance.effective_scale(step, guided, self.state)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..errors import GuidanceError
@@ -81,6 +82,9 @@ class Call:
         prediction, exactly and whatever s.
         """
         rows = torch.cat([values[branch] for branch in self.branches])
+        if self.reply is None:  # nothing was evaluated
+            wants_tuple = self.kwargs.get("return_dict") is False
+            return (rows,) if wants_tuple else Transformer2DModelOutput(sample=rows)
         if isinstance(self.reply, tuple):
             return (rows, *self.reply[1:])
         return type(self.reply)(sample=rows)

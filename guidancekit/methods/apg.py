@@ -62,10 +62,9 @@ class APG(ClassifierFree):
 
     def guide(self, step: Step, state: State) -> Prediction:
         w = scale_at(self.scale, step)
-        if w == 1:
-            return step.cond
-        if self.eta == 1 and self.norm_threshold == 0 and self.momentum == 0:
-            return step.cfg(w)  # nothing to project, cap or remember: CFG to the last bit
+        nothing_to_do = self.eta == 1 and self.norm_threshold == 0 and self.momentum == 0
+        if w == 1 or nothing_to_do:
+            return step.cfg(w)  # to the last bit
         cond = step.cond.x0
         d = cond - step.uncond.x0
         if self.momentum:
@@ -76,7 +75,7 @@ class APG(ClassifierFree):
                 state.sum = d
         d = cap(d, self._threshold(d))
         d = d - (1 - self.eta) * parallel(d, onto=cond)
-        return step.cond.like(x0=cond + (w - 1) * d)
+        return step.predict(x0=cond + (w - 1) * d)
 
     def _threshold(self, d: Tensor) -> float:
         if self.norm_threshold is None:

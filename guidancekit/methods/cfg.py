@@ -45,9 +45,7 @@ class CFG(ClassifierFree):
 
     def guide(self, step: Step, state: State) -> Prediction:
         w = scale_at(self.scale, step)
-        if w == 1:
-            return step.cond
         guided = step.cfg(w)
-        if not self.rescale:
+        if not self.rescale or w == 1:
             return guided
-        return step.cond.like(out=match_std(guided.out, step.cond.out, self.rescale))
+        return step.predict(out=match_std(guided.out, step.cond.out, self.rescale))

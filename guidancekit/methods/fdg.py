@@ -14,7 +14,7 @@ from ..errors import GuidanceError
 from ..guidance import Guidance, Preset, State
 from ..parameters import Range
 from ..schedules import Schedule, scale_at
-from ..step import Moment, Prediction, Step
+from ..step import BOTH, COND, Branch, Moment, Prediction, Step
 from ..tensors import parallel
 
 _FID = "arXiv:2506.19713 Table 8 (a), best FID"
@@ -81,18 +81,18 @@ class FDG(Guidance):
             return [high]
         return [high + (low - high) * i / (self.levels - 1) for i in range(self.levels)]
 
-    def needs_uncond(self, moment: Moment, state: State) -> bool:
-        return any(w != 1 for w in self.scales(moment))
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
+        return BOTH if any(w != 1 for w in self.scales(moment)) else COND
 
     def guide(self, step: Step, state: State) -> Prediction:
         scales = self.scales(step)
-        if all(w == 1 for w in scales):
+        if self.needs(step, state) == COND:
             return step.cond
         if self.parallel_weights is None:
             cond, uncond = step.cond.out, step.uncond.out
-            return step.cond.like(out=cond + self._update(cond - uncond, scales))
+            return step.predict(out=cond + self._update(cond - uncond, scales))
         cond, uncond = step.cond.x0, step.uncond.x0
-        return step.cond.like(x0=cond + self._update(cond - uncond, scales, onto=cond))
+        return step.predict(x0=cond + self._update(cond - uncond, scales, onto=cond))
 
     def _update(self, d: Tensor, scales: list[float], onto: Tensor | None = None) -> Tensor:
         bands = pyramid(images(d), self.levels)
