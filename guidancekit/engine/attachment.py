@@ -321,7 +321,7 @@ class Run:
     # --- one evaluation -------------------------------------------------------------------------
 
     def _evaluate(self, call: Call, moment: Moment, needed: tuple[Branch, ...]) -> Step:
-        """Run the network on the branches that the strategy needs; lay out the results as a Step."""
+        """Run the network on the branches that are needed; lay the results out as a Step."""
         x = call.x(self._channels)
         level, next_level = self._levels[self.position] if self._levels else (_UNKNOWN, _UNKNOWN)
 
@@ -357,9 +357,7 @@ class Run:
     @property
     def _channels(self) -> int:
         """Channels of the latent: inpainting networks read more than they predict."""
-        config = (
-            self.pipe.unet.config if hasattr(self.pipe, "unet") else self.pipe.transformer.config
-        )
+        config = _denoiser(self.pipe).config
         channels: int = config.get("out_channels") or config["in_channels"]
         return channels
 
@@ -406,7 +404,7 @@ _UNKNOWN = _UnknownLevel(1.0, 0.0)
 _NOT_RUNNING = object()
 
 
-def _denoiser(pipe: Any) -> torch.nn.Module:
+def _denoiser(pipe: Any) -> Any:
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, torch.nn.Module) and hasattr(pipe, "scheduler"):

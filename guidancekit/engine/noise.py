@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers import schedulers as diffusers_schedulers
 
+from ..errors import GuidanceError
 from ..step import Kind, Level
 
 _VARIANCE_EXPLODING = (
@@ -87,6 +88,12 @@ def _discrete(scheduler: Any) -> list[tuple[Level, Level]]:
     else:
         following = [*times[1:], -1]
     final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
+
+    if max(times) >= len(cumulative):
+        raise GuidanceError(
+            f"timestep {max(times)} is beyond the {len(cumulative)} training steps of "
+            f"{type(scheduler).__name__}: use fewer steps."
+        )
 
     def level(t: int) -> Level:
         squared = cumulative[t] if t >= 0 else final
