@@ -49,7 +49,8 @@ def generate(options: argparse.Namespace) -> int:
     check_writable(out)
     recipes = _recipes(options)
 
-    from .generate import choose_device, load_pipeline, run
+    from .generate import run
+    from .loading import choose_device, load_pipeline
 
     device = choose_device(options.device)
     pipe = load_pipeline(recipes[0], device)
@@ -66,7 +67,8 @@ def generate(options: argparse.Namespace) -> int:
 
 def _recipes(options: argparse.Namespace) -> list[Recipe]:
     """The recipes that the options of `generate` ask for; picture k of -n uses seed + k."""
-    from .generate import check_scheduler, choose_device, choose_dtype, default_scale, with_scale
+    from .generate import with_scale
+    from .loading import check_scheduler, choose_device, choose_dtype, default_scale
     from .registry import parse
 
     if options.count < 1:
@@ -162,7 +164,7 @@ def compare(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
 
     from .compare import Comparison, make_columns, split_methods
-    from .generate import check_scheduler, choose_device, choose_dtype
+    from .loading import check_scheduler, choose_device, choose_dtype
 
     if options.scheduler is not None:
         check_scheduler(options.scheduler)
@@ -234,54 +236,10 @@ def _save_comparison(comparison: Any, path: Path) -> None:
 
 def show_methods(options: argparse.Namespace) -> int:
     """List the methods and schedules, or explain one."""
-    from .registry import create, methods, schedules
+    from .describe import describe, overview
 
-    if options.name is not None:
-        classes: dict[str, Any] = {**methods(), **schedules()}
-        if options.name not in classes:
-            create(options.name)  # raises, with the nearest names
-        _explain(classes[options.name])
-        return 0
-    groups: dict[str, dict[str, Any]] = {"strategies": methods(), "schedules": schedules()}
-    for heading, group in groups.items():
-        print(f"{heading}:")
-        for name, cls in group.items():
-            print(f"  {name:13} {cls.__name__:13} {cls.paper:17} {_paragraphs(cls)[0]}")
-        print()
-    print("guidancekit methods NAME shows parameters, presets and cost.")
+    print(overview() if options.name is None else describe(options.name))
     return 0
-
-
-def _explain(cls: Any) -> None:
-    """What a method is, its parameters with type, default and range, and its presets."""
-    from .parameters import parameters
-
-    print(f"{cls.name}: {cls.__name__}, {cls.paper or 'no paper'}")
-    for paragraph in _paragraphs(cls):
-        print("\n" + textwrap.fill(paragraph, 92, initial_indent="  ", subsequent_indent="  "))
-    print("\nparameters:")
-    for parameter in parameters(cls):
-        default = "required" if parameter.required else f"default {parameter.default!r}"
-        limits = ", ".join(parameter.choices) or str(parameter.range)
-        kind = {"scale": "number or schedule", "floats": "numbers"}.get(
-            parameter.kind, parameter.kind
-        )
-        if parameter.kind in ("bool", "str", "object"):
-            limits = ""
-        facts = "; ".join(fact for fact in (kind, limits, default) if fact)
-        print(f"  {parameter.name} ({facts})\n      {parameter.doc}")
-    presets = getattr(cls, "presets", {})
-    if presets:
-        print("\npresets (--preset NAME):")
-    for name, preset in presets.items():
-        values = ", ".join(f"{key}={value}" for key, value in preset.values.items())
-        print(f"  {name}: {values}\n      {preset.source}")
-
-
-def _paragraphs(cls: Any) -> list[str]:
-    """The docstring's paragraphs, each in one line."""
-    text = textwrap.dedent("    " + (cls.__doc__ or "").strip())
-    return [" ".join(part.split()) for part in text.split("\n\n")]
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -492,7 +450,7 @@ def _warn(*texts: str) -> None:
 
 def _warn_unknown_words(pipe: Any, prompts: Sequence[str]) -> None:
     """Say which words the model has never seen, and which it knows."""
-    from .generate import known_words, unknown_words
+    from .loading import known_words, unknown_words
 
     unknown = list(dict.fromkeys(word for p in prompts for word in unknown_words(pipe, p)))
     if unknown:

@@ -11,16 +11,9 @@ from typing import Any
 from PIL import Image
 
 from .errors import GuidanceError
-from .generate import (
-    Picture,
-    default_scale,
-    follows_pipeline,
-    load_pipeline,
-    run,
-    warm_up,
-    with_scale,
-)
+from .generate import Picture, follows_pipeline, run, warm_up, with_scale
 from .grid import Label, draw_grid
+from .loading import default_scale, load_pipeline
 from .recipe import Recipe, installed_versions
 from .registry import methods, parse
 

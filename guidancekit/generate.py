@@ -1,4 +1,4 @@
-"""From recipes to pictures: load a pipeline, run it under a guidance, count what it cost."""
+"""From recipes to pictures: run a pipeline under a guidance, and count what it cost."""
 
 from __future__ import annotations
 
@@ -6,39 +6,18 @@ import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from . import bundled
 from .errors import GuidanceError
 from .guidance import Guidance, Sum
+from .loading import first_line
 from .parameters import parameters
 from .recipe import Recipe, installed_versions
 from .registry import create, parse
 from .schedules import Schedule
-
-EMBEDDED_SCALE = 4.0  # follows the prompts without saturating; see the models' cards
-
-# name: (class in diffusers, options on top of the model's own scheduler configuration)
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpm++2m-karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-}
 
 
 @dataclass(frozen=True)
@@ -55,110 +34,6 @@ class Picture:
     seconds: float
     effective_scale: list[float]
     warnings: list[str]
-
-
-def choose_device(wanted: str | None) -> str:
-    """`wanted`, or the best there is; raises `GuidanceError` for a device that is not there."""
-    available = ["cuda"] if torch.cuda.is_available() else []
-    available += ["mps"] if torch.backends.mps.is_available() else []
-    available += ["cpu"]
-    if wanted is None:
-        return available[0]
-    kind, _, index = wanted.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in available or index not in ("", *map(str, range(count))):
-        raise GuidanceError(
-            f"device: found {wanted!r}, but what there is here is {', '.join(available)}."
-        )
-    return wanted
-
-
-def choose_dtype(model: str, device: str) -> str:
-    """Half precision on a GPU, except for the embedded models, which are small and float32."""
-    if model in bundled.MODELS or device == "cpu":
-        return "float32"
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
-        return "bfloat16"
-    return "float16"
-
-
-def load_pipeline(recipe: Recipe, device: str | None = None) -> Any:
-    """The pipeline that `recipe` names, with its scheduler and dtype, on `device`.
-
-    The model is an embedded one, a Diffusers folder, or a repository on the Hugging Face Hub.
-    Weights are read from safetensors only and no code of the repository is run.
-    Raises `GuidanceError` for anything that is not such a pipeline.
-    """
-    from diffusers import DiffusionPipeline
-
-    source = _locate(recipe.model)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            source,
-            torch_dtype=getattr(torch, recipe.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    # A dozen libraries take part, each with errors of its own; what they say is one line to us.
-    except Exception as error:
-        raise GuidanceError(
-            f"cannot load the model {recipe.model!r}: {_first_line(error)} "
-            "Expected a Diffusers pipeline folder or a Hub id such as "
-            "stabilityai/stable-diffusion-xl-base-1.0, with safetensors weights."
-        ) from error
-    if not callable(pipe) or "prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise GuidanceError(f"{recipe.model!r} is a {type(pipe).__name__}, which takes no prompt.")
-    if recipe.scheduler is not None:
-        pipe.scheduler = make_scheduler(recipe.scheduler, pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(choose_device(device))
-
-
-def check_scheduler(name: str) -> None:
-    """Raise `GuidanceError` unless `name` is in `SCHEDULERS`."""
-    if name not in SCHEDULERS:
-        raise GuidanceError(f"there is no scheduler {name!r}. There are: {', '.join(SCHEDULERS)}.")
-
-
-def make_scheduler(name: str, current: Any) -> Any:
-    """The scheduler `name` with the configuration of the model's `current` one."""
-    import diffusers
-
-    check_scheduler(name)
-    class_name, options = SCHEDULERS[name]
-    if ("FlowMatch" in class_name) != ("FlowMatch" in type(current).__name__):
-        raise GuidanceError(
-            f"scheduler {name!r} does not fit a model made for {type(current).__name__}: "
-            "flow-matching models take flow-euler, all others the other schedulers."
-        )
-    try:
-        return getattr(diffusers, class_name).from_config(current.config, **options)
-    except ImportError as error:  # LMS integrates with scipy, which diffusers does not require
-        raise GuidanceError(f"scheduler {name!r} needs scipy: pip install scipy") from error
-
-
-def unknown_words(pipe: Any, prompt: str) -> list[str]:
-    """The words of `prompt` that the model's tokenizer replaces by its unknown-word token."""
-    tokenizer: Any = getattr(pipe, "tokenizer", None)
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    # Byte-level tokenizers know every word, and CLIP's has its end token as unknown token.
-    if unknown is None or unknown == tokenizer.eos_token_id or not tokenizer.is_fast:
-        return []
-    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    words = (prompt[start:end] for token, (start, end) in pairs if token == unknown)
-    return list(dict.fromkeys(words))
-
-
-def known_words(pipe: Any) -> list[str]:
-    """The vocabulary of the model's tokenizer without its special tokens, sorted."""
-    tokenizer = pipe.tokenizer
-    return sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-
-
-def default_scale(model: str) -> float | None:
-    """The CFG scale for `model` when none is given; None is the pipeline's own default."""
-    return EMBEDDED_SCALE if model in bundled.MODELS else None
 
 
 def with_scale(
@@ -204,19 +79,7 @@ def run(pipe: Any, recipe: Recipe) -> Picture:
     Every picture is a pipeline call of its own, from its own generator on the CPU: batch size and
     neighbours never change a pixel. Raises `GuidanceError` for what the pipeline cannot do.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
-    scale_name = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
-    arguments: dict[str, Any] = {
-        "prompt": recipe.prompt,
-        "num_inference_steps": recipe.steps,
-        "generator": torch.Generator("cpu").manual_seed(recipe.seed),
-    }
-    if recipe.negative:
-        arguments["negative_prompt"] = recipe.negative
-    if recipe.guidance_scale is not None:
-        arguments[scale_name] = recipe.guidance_scale
-    if recipe.size is not None:
-        arguments["width"], arguments["height"] = recipe.size
+    arguments = _arguments(pipe, recipe)
     with parse(recipe.guidance).attach(pipe) as guidance:
         started = time.perf_counter()
         try:
@@ -225,47 +88,54 @@ def run(pipe: Any, recipe: Recipe) -> Picture:
             raise
         except (ValueError, torch.OutOfMemoryError) as error:  # diffusers checks its arguments
             raise GuidanceError(
-                f"{type(pipe).__name__} refused the run: {_first_line(error)}"
+                f"{type(pipe).__name__} refused the run: {first_line(error)}"
             ) from error
         seconds = time.perf_counter() - started
         report = guidance.report()
+    scale_name = _scale_name(pipe)
     made = replace(
         recipe,
         guidance=repr(guidance),
-        guidance_scale=arguments.get(scale_name, accepted[scale_name].default),
+        guidance_scale=arguments.get(scale_name, _accepted(pipe)[scale_name].default),
         size=image.size,
         device=pipe.device.type,
         versions=installed_versions(),
     )
-    scales = [round(float(scale), 4) for scale in report.effective_scale]
-    return Picture(image, made, int(report.rows), seconds, scales, list(report.warnings))
+    scales = [round(scale, 4) for scale in report.effective_scale]
+    return Picture(image, made, report.rows, seconds, scales, list(report.warnings))
 
 
 def warm_up(pipe: Any, recipe: Recipe) -> None:
     """Two unguided steps, so that the first picture timed does not pay for start-up."""
-    with torch.random.fork_rng(devices=[]):
-        pipe(prompt=recipe.prompt, num_inference_steps=2)
+    pipe(**_arguments(pipe, replace(recipe, steps=2)))
 
 
-def _locate(model: str) -> str | Path:
-    """What `from_pretrained` takes for `model`: a folder that holds a pipeline, or a Hub id."""
-    source: str | Path = bundled.path(model) if model in bundled.MODELS else model
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise GuidanceError(
-                f"the model folder {folder} has no model_index.json: "
-                "expected a Diffusers pipeline, as written by pipe.save_pretrained(folder)."
-            )
-    elif folder.is_absolute() or folder.exists() or model.startswith(".") or model.count("/") != 1:
-        raise GuidanceError(
-            f"there is no model folder {folder}. Expected a Diffusers pipeline folder, a Hub id "
-            f"(owner/name), or an embedded model: {', '.join(bundled.MODELS)}."
-        )
-    return source
+def _arguments(pipe: Any, recipe: Recipe) -> dict[str, Any]:
+    """What the pipeline is called with."""
+    arguments: dict[str, Any] = {
+        "prompt": recipe.prompt,
+        "num_inference_steps": recipe.steps,
+        "generator": torch.Generator("cpu").manual_seed(recipe.seed),
+    }
+    if recipe.negative:
+        arguments["negative_prompt"] = recipe.negative
+    if recipe.guidance_scale is not None:
+        arguments[_scale_name(pipe)] = recipe.guidance_scale
+    if recipe.size is not None:
+        arguments["width"], arguments["height"] = recipe.size
+    if missing := arguments.keys() - _accepted(pipe).keys():
+        raise GuidanceError(f"{type(pipe).__name__} does not take {', '.join(sorted(missing))}.")
+    return arguments
 
 
-def _first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (line or type(error).__name__).rstrip(".") + "."
+def _scale_name(pipe: Any) -> str:
+    """Models with a distilled guidance embedding keep `guidance_scale` for that."""
+    accepted = _accepted(pipe)
+    name = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
+    if name not in accepted:
+        raise GuidanceError(f"{type(pipe).__name__} takes no guidance scale, so it has no CFG.")
+    return name
+
+
+def _accepted(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipe.__call__).parameters

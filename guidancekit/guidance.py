@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -64,6 +65,20 @@ class Guidance(PipelineCallback):
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
         """The branches that this step uses; the others are not computed."""
         return BOTH
+
+    def condition(
+        self, step: Step, branch: Branch, given: dict[str, Tensor], state: State
+    ) -> dict[str, Tensor]:
+        """What a branch is conditioned on in this step: `given`, or altered tensors [B, ...]."""
+        return given
+
+    def before_step(self, step: Step, state: State) -> Tensor:
+        """The latent that this step starts from: `step.x`, or another in its place."""
+        return step.x
+
+    def during(self, step: Step, state: State) -> AbstractContextManager[None]:
+        """A context around the evaluation of the branches that the step needs."""
+        return nullcontext()
 
     def guide(self, step: Step, state: State) -> Prediction:
         """The guided prediction of one evaluation, per sample, in float32."""
@@ -242,6 +257,25 @@ class Sum(Guidance):
         pairs = zip(self.terms, self._states(state), strict=True)
         needed = {branch for term, own in pairs for branch in term.needs(moment, own)}
         return tuple(branch for branch in BOTH if branch == "cond" or branch in needed)
+
+    def condition(
+        self, step: Step, branch: Branch, given: dict[str, Tensor], state: State
+    ) -> dict[str, Tensor]:
+        for term, own in zip(self.terms, self._states(state), strict=True):
+            given = term.condition(step, branch, given, own)
+        return given
+
+    def before_step(self, step: Step, state: State) -> Tensor:
+        for term, own in zip(self.terms, self._states(state), strict=True):
+            step.x = term.before_step(step, own)
+        return step.x
+
+    @contextmanager
+    def during(self, step: Step, state: State) -> Iterator[None]:
+        with ExitStack() as stack:
+            for term, own in zip(self.terms, self._states(state), strict=True):
+                stack.enter_context(term.during(step, own))
+            yield
 
     def guide(self, step: Step, state: State) -> Prediction:
         out = step.cond.out

@@ -32,7 +32,7 @@ class Recipe:
     """What a run needs to make one picture again.
 
     `guidance` is the text of a strategy, such as ``APG(scale=12.0)``. `guidance_scale` is what the
-    pipeline is called with; `scheduler` is a name of `guidancekit.generate.SCHEDULERS`; `size` is
+    pipeline is called with; `scheduler` is a name of `guidancekit.loading.SCHEDULERS`; `size` is
     (width, height) in pixels. Where these are None the model's own default holds.
     Raises `GuidanceError` for a value of the wrong type or out of range.
     """

@@ -8,6 +8,7 @@ latents in another scale (Euler, Heun, LMS) the engine converts, so one conventi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -132,16 +133,28 @@ class Step(Moment):
 
     `stage` counts the evaluations of a multi-stage solver in one step; state advances at stage 0.
     `level` and `next_level` are the noise levels of this evaluation and after the step.
-    `evaluate(branch, x=None, timestep=None, level=None)` runs the network once more.
+
+    `evaluate(branch, ...)` runs the network once more: at another latent `x` (with its `timestep`
+    and `level`), under other `conditions`, or through another `network`. `conditions(branch)` are
+    the tensors that a branch is conditioned on, by argument name; `encode(prompt)` those of other
+    text. `attention(layers, tap)` is a context in which `tap` stands in for the attention of the
+    named layers, `around(matches, wrapper)` one in which `wrapper` stands in for layers themselves
+    (both: `guidancekit.engine.layers`). `needed` are the branches that will be evaluated.
     """
 
     stage: int
     timestep: Tensor
+    next_timestep: Tensor | None
     x: Tensor
     level: Level
     next_level: Level
     kind: Kind
     evaluate: Callable[..., Prediction]
+    conditions: Callable[[Branch], dict[str, Tensor]]
+    encode: Callable[[str], dict[str, Tensor]]
+    attention: Callable[..., AbstractContextManager[None]]
+    around: Callable[..., AbstractContextManager[None]]
+    needed: tuple[Branch, ...]
     evaluated: dict[Branch, Prediction]
 
     @property

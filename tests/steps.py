@@ -47,11 +47,17 @@ def make_step(
         guidance_scale=guidance_scale,
         stage=stage,
         timestep=torch.tensor(500),
+        next_timestep=torch.tensor(250),
         x=x,
         level=level,
         next_level=level_of(kind, grid[index + 1]),
         kind=kind,
         evaluate=None,  # type: ignore[arg-type]
+        conditions=lambda branch: {},
+        encode=None,  # type: ignore[arg-type]
+        attention=None,  # type: ignore[arg-type]
+        around=None,  # type: ignore[arg-type]
+        needed=("uncond", "cond"),
         evaluated={
             "cond": from_x0(cond, x, level, kind),
             "uncond": from_x0(uncond, x, level, kind),

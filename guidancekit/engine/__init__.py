@@ -1,7 +1,8 @@
 """The engine: plugs any strategy into a pipeline, at the denoiser and at the scheduler.
 
-`attachment.py` connects the two and follows the run; `call.py` knows how a pipeline lays out its
-branches in one network call; `noise.py` knows the schedulers; `report.py` counts.
+`attachment.py` connects the two and takes them apart again; `run.py` follows one run of the
+pipeline; `call.py` knows how a pipeline lays out its branches in one network call; `noise.py` knows
+the schedulers; `layers.py` reaches into the network's layers; `report.py` counts.
 """
 
 from .attachment import Attachment

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import GuidanceError
 from ..step import Branch
 
+_CONDITIONS = ("encoder_hidden_states", "text_embeds", "pooled_projections", "class_labels")
 _SAMPLE_NAMES = ("sample", "hidden_states")
 
 
@@ -39,6 +40,7 @@ class Call:
             )
         self.batch = self.rows // len(branches)
         self.reply: Any = None
+        self.moved = False
 
     @property
     def sample(self) -> Tensor:
@@ -57,14 +59,44 @@ class Call:
         """The noisy latent [B, channels, ...]; inpainting networks read more channels after it."""
         return self.sample[-self.batch :, :channels]
 
+    def conditions(self, branch: Branch) -> dict[str, Tensor]:
+        """The tensors [B, ...] that a branch is conditioned on, by argument name."""
+        return {
+            name: tensor[self._rows(branch)]
+            for name, tensor in _named_tensors(self.kwargs).items()
+            if name in _CONDITIONS and tensor.shape[0] == self.rows
+        }
+
+    def with_conditions(self, changed: dict[Branch, dict[str, Tensor]]) -> Call:
+        """The same call, its branches conditioned on other tensors."""
+        each = [changed.get(branch) or self.conditions(branch) for branch in self.branches]
+        joined = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+        return self._copy(kwargs=_with_named(self.kwargs, joined))
+
+    def with_latent(self, x: Tensor) -> Call:
+        """The same call at another latent [B, channels, ...]."""
+        sample = self.sample.clone()
+        sample[:, : x.shape[1]] = x.repeat(len(self.branches), *[1] * (x.ndim - 1))
+        moved = self._copy(*_replace(self.args, self.kwargs, 0, _SAMPLE_NAMES, sample))
+        moved.moved = True
+        return moved
+
     def evaluate(
-        self, branch: Branch | None = None, x: Tensor | None = None, timestep: Any = None
+        self,
+        branch: Branch | None = None,
+        x: Tensor | None = None,
+        timestep: Any = None,
+        conditions: dict[str, Tensor] | None = None,
+        network: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """Network output for one branch, [B, C, ...], optionally at another (x, t); None is all."""
+        """Network output for one branch, [B, C, ...], or for all where `branch` is None.
+
+        Optionally at another (x, t), under other conditions, or through another network that takes
+        the same arguments.
+        """
         args, kwargs, rows = self.args, self.kwargs, slice(0, self.rows)
         if branch is not None and len(self.branches) > 1:
-            start = self.branches.index(branch) * self.batch
-            rows = slice(start, start + self.batch)
+            rows = self._rows(branch)
             args, kwargs = (_take(value, rows, self.rows) for value in (args, kwargs))
         if x is not None:
             sample = self.sample[rows].clone()
@@ -72,7 +104,9 @@ class Call:
             args, kwargs = _replace(args, kwargs, 0, _SAMPLE_NAMES, sample)
         if timestep is not None:
             args, kwargs = _replace(args, kwargs, 1, ("timestep",), timestep)
-        self.reply = self.forward(*args, **kwargs)
+        if conditions is not None:
+            kwargs = _with_named(kwargs, conditions)
+        self.reply = (network or self.forward)(*args, **kwargs)
         return self.reply[0]
 
     def answer(self, **values: Tensor) -> Any:
@@ -88,6 +122,48 @@ class Call:
         if isinstance(self.reply, tuple):
             return (rows, *self.reply[1:])
         return type(self.reply)(sample=rows)
+
+    def _rows(self, branch: Branch) -> slice:
+        if branch not in self.branches:
+            raise GuidanceError(
+                f"The {branch} prediction is needed, but the pipeline was called without it: give "
+                "a guidance_scale above 1."
+            )
+        start = self.branches.index(branch) * self.batch
+        return slice(start, start + self.batch)
+
+    def _copy(self, args: Any = None, kwargs: Any = None) -> Call:
+        copied = Call(
+            self.forward,
+            self.args if args is None else args,
+            self.kwargs if kwargs is None else kwargs,
+            self.branches,
+        )
+        copied.moved = self.moved
+        return copied
+
+
+def _named_tensors(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of nested keyword arguments by their own name."""
+    found: dict[str, Tensor] = {}
+    for name, value in kwargs.items():
+        if isinstance(value, Mapping):
+            found |= _named_tensors(value)
+        elif isinstance(value, Tensor) and value.ndim:
+            found[name] = value
+    return found
+
+
+def _with_named(kwargs: Mapping[str, Any], values: dict[str, Tensor]) -> dict[str, Any]:
+    """Nested keyword arguments with the tensors of those names replaced, in their own dtype."""
+    return {
+        name: _with_named(value, values)
+        if isinstance(value, Mapping)
+        else values[name].to(value.dtype)
+        if name in values
+        else value
+        for name, value in kwargs.items()
+    }
 
 
 def _take(value: Any, rows: slice, count: int) -> Any:
