@@ -268,7 +268,7 @@ def make_parser() -> argparse.ArgumentParser:
         generate,
         "make pictures whose PNGs carry their recipe",
         """\
-        guidancekit generate "a big red circle on a white background"
+        guidancekit generate "a large red circle on a white background"
         guidancekit generate "a blue star" --method apg --scale 8 --set eta=0.5 -n 4
         guidancekit generate --from guidancekit-out/a-blue-star-apg-seed0.png
         guidancekit generate "a cat" --model stabilityai/stable-diffusion-xl-base-1.0 \\
@@ -315,7 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
         compare,
         "draw one grid: prompts x seeds down, methods x scales across",
         """\
-        guidancekit compare "a big red circle" "a blue star above a yellow square"
+        guidancekit compare "a large red circle" "a blue star above a yellow square"
         guidancekit compare "a green heart" --methods cfg,apg --scales 2,4,8 --seeds 0,1,2
         guidancekit compare "a cat" --methods "cfg,apg(norm_threshold=15),cfg++(0.6)" \\
             --model stabilityai/stable-diffusion-xl-base-1.0

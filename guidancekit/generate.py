@@ -42,8 +42,8 @@ def with_scale(
     """The guidance `method` at CFG scale `scale`: its text, and the pipeline's `guidance_scale`.
 
     `method` is a registry name, to which `values` are given, or a text such as ``apg(eta=0.5)``.
-    Methods take their scale from the pipeline, which has an unconditional branch above 1 only;
-    smaller scales therefore go to the method's own `scale` (CFG++: lambda).
+    Methods whose scale is None read the pipeline's, which has an unconditional branch above 1
+    only. Smaller scales, and those of methods that are not CFG, go to the method's own `scale`.
     Raises `GuidanceError` for unknown methods and unfit values.
     """
     values = values or {}
@@ -53,12 +53,10 @@ def with_scale(
     guidance = parse(method) if is_text else create(method, **values)
     if scale is None or (scale > 1 and follows_pipeline(guidance)):
         return repr(guidance), scale
-    if scale > 1:
-        raise GuidanceError(f"scale: found {scale:g}, but {guidance!r} has a scale of its own.")
     if is_text or "scale" in values:
         raise GuidanceError(
-            f"scale: found {scale:g} for {method!r}, expected more than 1: "
-            "write smaller scales inside."
+            f"scale: found {scale:g}, but {guidance!r} cannot take it from outside: "
+            "give the scale among its parameters."
         )
     return repr(create(method, **{**values, "scale": scale})), None
 

@@ -50,6 +50,10 @@ class Guidance(PipelineCallback):
     presets: ClassVar[Mapping[str, Preset]] = {}
     edits_latents: ClassVar[bool] = False
     """Whether `after_step` moves the latents, which not every scheduler tolerates."""
+    first_order: ClassVar[bool] = False
+    """Whether the scheduler's step must lead straight to the next level, without noise or memory."""
+    evaluates: ClassVar[tuple[Branch, ...]] = ()
+    """Branches that it evaluates by itself, at other points than those of `needs`."""
 
     @register_to_config
     def __init__(self) -> None:
@@ -65,6 +69,10 @@ class Guidance(PipelineCallback):
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
         """The branches that this step uses; the others are not computed."""
         return BOTH
+
+    def acts(self, moment: Moment, state: State) -> bool:
+        """Whether this step is guided at all; a schedule under which none is deserves a warning."""
+        return self.needs(moment, state) != COND
 
     def condition(
         self, step: Step, branch: Branch, given: dict[str, Tensor], state: State
@@ -245,6 +253,14 @@ class Sum(Guidance):
         return any(term.edits_latents for term in self.terms)
 
     @property
+    def first_order(self) -> bool:  # type: ignore[override]
+        return any(term.first_order for term in self.terms)
+
+    @property
+    def evaluates(self) -> tuple[Branch, ...]:  # type: ignore[override]
+        return tuple({branch for term in self.terms for branch in term.evaluates})
+
+    @property
     def scheduled(self) -> bool:
         return any(term.scheduled for term in self.terms)
 
@@ -257,6 +273,10 @@ class Sum(Guidance):
         pairs = zip(self.terms, self._states(state), strict=True)
         needed = {branch for term, own in pairs for branch in term.needs(moment, own)}
         return tuple(branch for branch in BOTH if branch == "cond" or branch in needed)
+
+    def acts(self, moment: Moment, state: State) -> bool:
+        pairs = zip(self.terms, self._states(state), strict=True)
+        return any(term.acts(moment, own) for term, own in pairs)
 
     def condition(
         self, step: Step, branch: Branch, given: dict[str, Tensor], state: State
@@ -278,11 +298,13 @@ class Sum(Guidance):
             yield
 
     def guide(self, step: Step, state: State) -> Prediction:
-        out = step.cond.out
         for term, own in zip(self.terms, self._states(state), strict=True):
             own.guided = term.guide(step, own)
-            out = out + (own.guided.out - step.cond.out)
-        return step.predict(out=out)
+        changed = [own.guided for own in self._states(state) if own.guided is not step.cond]
+        if len(changed) < 2:  # one term acts, or none: to the last bit
+            return changed[0] if changed else step.cond
+        updates = [each.out - step.cond.out for each in changed[1:]]
+        return step.predict(out=sum(updates, changed[0].out))
 
     def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
         for term, own in zip(self.terms, self._states(state), strict=True):

@@ -180,12 +180,22 @@ class Step(Moment):
             self.evaluated[branch] = self.evaluate(branch)
         return self.evaluated[branch]
 
-    def predict(self, *, out: Tensor | None = None, x0: Tensor | None = None) -> Prediction:
-        """A prediction of this step from an output of the network's kind, or from `x0`."""
+    def predict(
+        self, *, out: Tensor | None = None, x0: Tensor | None = None, v: Tensor | None = None
+    ) -> Prediction:
+        """A prediction of this step from an output of the network's kind, from `x0` or from `v`."""
+        if v is not None and self.kind in ("v_prediction", "flow"):
+            out = v
         if out is not None:
             return Prediction(out, self.x, self.level, self.kind)
-        assert x0 is not None, "predict(out=...) or predict(x0=...)"
+        if v is not None:
+            x0 = self.alpha * self.x.float() - self.sigma * v
+        assert x0 is not None, "predict(out=...), predict(x0=...) or predict(v=...)"
         return Prediction.from_x0(x0, self.x, self.level, self.kind)
+
+    def flow_timestep(self, sigma: float) -> Tensor:
+        """The timestep of a flow model at another noise level: its time is proportional to it."""
+        return self.timestep * (sigma / self.sigma)
 
     def cfg(self, w: float) -> Prediction:
         """Plain classifier-free guidance, uncond + w (cond - uncond): the same in every space."""

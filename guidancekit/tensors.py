@@ -27,6 +27,25 @@ def std(a: Tensor) -> Tensor:
     return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
+class Noise:
+    """Normal draws that are the same on every device; sample i of a batch has the seed `seed` + i.
+
+    So a sample gets the same noise whoever its batch mates are.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """The next draw, float32, of the shape of `like` [B, ...] and on its device."""
+        for i in range(len(self.generators), like.shape[0]):
+            self.generators.append(torch.Generator().manual_seed(self.seed + i))
+        shape = like.shape[1:]
+        draws = [torch.randn(shape, generator=own) for own in self.generators[: like.shape[0]]]
+        return torch.stack(draws).to(like.device)
+
+
 def parallel(a: Tensor, onto: Tensor) -> Tensor:
     """The component of `a` along `onto`; zero where `onto` is zero."""
     unit = onto / norm(onto).clamp_min(TINY)

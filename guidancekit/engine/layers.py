@@ -56,12 +56,25 @@ have been, with an additive mask on top if one is given.
 
 @contextmanager
 def around(
-    network: nn.Module, matches: Callable[[str, nn.Module], bool], wrapper: Callable[..., Any]
+    network: nn.Module,
+    matches: Callable[[str, nn.Module], bool],
+    wrapper: Callable[..., Any],
+    layers: str = "",
 ) -> Iterator[None]:
-    """Run `wrapper(forward, *args, **kwargs)` in place of the forward of every matching module."""
-    found = [module for name, module in network.named_modules() if matches(name, module)]
+    """Run `wrapper(forward, *args, **kwargs)` in place of the forward of every matching module.
+
+    `layers` narrows the modules down by name, see `named`. Raises `GuidanceError` if none is left.
+    """
+    is_named = named(network, layers) if layers else lambda name: True
+    found = [
+        module
+        for name, module in network.named_modules()
+        if is_named(name) and matches(name, module)
+    ]
     if not found:
-        raise GuidanceError(f"{type(network).__name__} has no such layer.")
+        raise GuidanceError(
+            f"{type(network).__name__} has no layer {layers!r} of the kind asked for."
+        )
     patched: list[tuple[nn.Module, Any]] = []
     try:
         for module in found:
@@ -105,7 +118,7 @@ def tapped(
     `size` is the latent's (height, width), `branches` tells the rows of the running evaluation.
     Raises `GuidanceError` if no such layer exists, or if none of them was seen at work.
     """
-    is_named, calls = named(network, layers), 0
+    calls = 0
 
     def wrapper(forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -117,10 +130,9 @@ def tapped(
         return result
 
     def matches(name: str, module: nn.Module) -> bool:
-        is_self = isinstance(module, Attention) and not module.is_cross_attention
-        return is_self and is_named(name)
+        return isinstance(module, Attention) and not module.is_cross_attention
 
-    with around(network, matches, wrapper):
+    with around(network, matches, wrapper, layers):
         yield
     if not calls:
         raise GuidanceError(unseen(network))

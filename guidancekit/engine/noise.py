@@ -32,6 +32,13 @@ _CORRECTABLE = (
     "FlowMatchEulerDiscreteScheduler",
 )
 
+# Of these, the ones whose step is a straight line to the next noise level.
+_FIRST_ORDER = (
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+
 _SMALLEST_ALPHA = 2.0**-12  # diffusers' own guard for zero-terminal-SNR schedules
 
 
@@ -42,6 +49,11 @@ def _is(scheduler: Any, names: tuple[str, ...]) -> bool:
 def correctable(scheduler: Any) -> bool:
     """Whether latents may be edited after this scheduler's step."""
     return _is(scheduler, _CORRECTABLE)
+
+
+def first_order(scheduler: Any) -> bool:
+    """Whether this scheduler's step is first-order and deterministic."""
+    return _is(scheduler, _FIRST_ORDER)
 
 
 def kind(scheduler: Any) -> Kind:

@@ -195,16 +195,17 @@ class Run:
                 "DPMSolverMultistepScheduler or FlowMatchEulerDiscreteScheduler."
             )
         planned = SimpleNamespace()
-        active = ["uncond" in guidance.needs(moment, planned) for moment in self.moments]
-        if any(active) and "uncond" not in self.branches:
+        needs = [guidance.needs(moment, planned) for moment in self.moments]
+        if any("uncond" in needed for needed in needs) and "uncond" not in self.branches:
             raise GuidanceError(
                 f"{guidance!r} needs the unconditional prediction, but "
                 f"{type(self.pipe).__name__} was called without it (guidance_scale = "
                 f"{_guidance_scale(self.pipe)}). Call the pipeline with a guidance_scale above 1, "
                 "for example guidance_scale=5; the scale of the strategy is the one that counts."
             )
-        if guidance.scheduled and not any(active):
-            message = f"{guidance!r} guides none of the {len(active)} steps of this run"
+        acts = [guidance.acts(moment, planned) for moment in self.moments]
+        if guidance.scheduled and not any(acts):
+            message = f"{guidance!r} guides none of the {len(acts)} steps of this run"
             grid = self.moments[0].grid
             if grid:
                 message += f", whose noise levels fall from {grid[0]:.3g} to {grid[-2]:.3g}"
@@ -230,7 +231,10 @@ class Run:
             evaluate=functools.partial(self._evaluate_branch, level),
             conditions=call.conditions,
             attention=functools.partial(
-                tapped, self._denoiser, tuple(call.sample.shape[-2:]), lambda: self.evaluating
+                tapped,
+                self._denoiser,
+                (call.sample.shape[-2], call.sample.shape[-1]),
+                lambda: self.evaluating,
             ),
             around=functools.partial(around, self._denoiser),
             encode=self._encode,
@@ -302,10 +306,8 @@ class Run:
             )
             self.encoded[prompt] = {"encoder_hidden_states": encoded[0]}
             if len(encoded) == 4:  # SDXL and SD3: pooled embeddings too
-                pooled = (
-                    "pooled_projections" if hasattr(self.pipe, "transformer") else "text_embeds"
-                )
-                self.encoded[prompt][pooled] = encoded[2]
+                name = "pooled_projections" if hasattr(self.pipe, "transformer") else "text_embeds"
+                self.encoded[prompt][name] = encoded[2]
         return self.encoded[prompt]
 
     @property

@@ -1,0 +1,55 @@
+"""What PAG, SEG and SLG share: away from the prediction of a perturbed network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Annotated
+
+from torch import Tensor
+
+from ..engine.layers import Place
+from ..guidance import Guidance, State
+from ..parameters import Range
+from ..step import COND, Branch, Moment, Prediction, Step
+
+AdditiveScale = Annotated[
+    float, Range(0, slider=(0, 10)), "weight of the added difference: 0 is off"
+]
+
+
+class PerturbedGuidance(Guidance):
+    """cond + scale (cond - perturbed), both at the same x_t and condition: free of the space.
+
+    Subclasses name the `layers` and say in `perturb` what happens to their attention.
+    """
+
+    scale: float
+    layers: str
+
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
+        return COND
+
+    def neutral(self, moment: Moment) -> bool:
+        """Whether this step is not guided, so that nothing further need be evaluated."""
+        return self.scale == 0
+
+    def acts(self, moment: Moment, state: State) -> bool:
+        return not self.neutral(moment)
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        if self.neutral(step):
+            return step.cond
+        with self.perturbation(step):
+            perturbed = step.evaluate("cond")
+        return step.predict(out=step.cond.out + self.scale * (step.cond.out - perturbed.out))
+
+    def perturbation(self, step: Step) -> AbstractContextManager[None]:
+        """The context in which the network is perturbed."""
+        return step.attention(self.layers, self.perturb)
+
+    def perturb(
+        self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], place: Place
+    ) -> Tensor:
+        """The attention of a chosen layer, [rows, heads, tokens, width]."""
+        raise NotImplementedError
