@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C)."""
     try:
         options = make_parser().parse_args(argv)
-        with _quiet_libraries():
+        with _one_line_warnings():
             return options.command(options)
     except GuidanceError as error:
         print(f"guidancekit: error: {error}", file=sys.stderr)
@@ -50,17 +50,16 @@ def generate(options: argparse.Namespace) -> int:
     recipes = _recipes(options)
 
     from .generate import run
-    from .loading import choose_device, load_pipeline
+    from .loading import load_pipeline
 
-    device = choose_device(options.device)
-    pipe = load_pipeline(recipes[0], device)
+    _quiet_libraries()
+    pipe = load_pipeline(recipes[0], options.device)
     _warn_unknown_words(pipe, [recipe.prompt for recipe in recipes])
     with _progress(len(recipes), pipe) as advance:
         for recipe in recipes:
             picture = run(pipe, recipe)
             path = free_path(out / f"{_slug(recipe)}.png")
             save_picture(picture.image, picture.recipe, path)
-            _warn(*picture.warnings)
             advance(str(path))
     return 0
 
@@ -186,6 +185,7 @@ def compare(options: argparse.Namespace) -> int:
         for seed in options.seeds
     ]
     comparison = Comparison(rows, columns)
+    _quiet_libraries()
     seen = None
     try:
         with _progress(len(rows) * len(columns)) as advance:
@@ -201,8 +201,6 @@ def compare(options: argparse.Namespace) -> int:
         if comparison.pictures:
             _save_comparison(comparison, free_path(out.with_stem(f"{out.stem}-partial")))
         raise
-    for (_, column), picture in comparison.pictures.items():
-        _warn(*(f"{columns[column].method}: {text}" for text in picture.warnings))
     _save_comparison(comparison, out)
     return 0
 
@@ -443,9 +441,8 @@ def _show_steps(pipe: Any) -> None:
     pipe.set_progress_bar_config(disable=None, leave=False, unit="step")
 
 
-def _warn(*texts: str) -> None:
-    for text in dict.fromkeys(texts):
-        print(f"guidancekit: warning: {text}", file=sys.stderr)
+def _warn(text: str) -> None:
+    print(f"guidancekit: warning: {text}", file=sys.stderr)
 
 
 def _warn_unknown_words(pipe: Any, prompts: Sequence[str]) -> None:
@@ -474,14 +471,27 @@ def _warn_versions(recipe: Recipe, device: str) -> None:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Only our own warnings, each as one line; no chatter of the libraries below."""
+def _one_line_warnings() -> Iterator[None]:
+    """Each of our own warnings once, as one line; none of the libraries below."""
+    seen = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            _warn(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module="guidancekit")
+        warnings.showwarning = show
+        yield
+
+
+def _quiet_libraries() -> None:
+    """No log lines and loading bars of the libraries below."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

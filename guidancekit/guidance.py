@@ -51,7 +51,7 @@ class Guidance(PipelineCallback):
     edits_latents: ClassVar[bool] = False
     """Whether `after_step` moves the latents, which not every scheduler tolerates."""
     first_order: ClassVar[bool] = False
-    """Whether the scheduler's step must lead straight to the next level, without noise or memory."""
+    """Whether the scheduler's step must be first-order and deterministic."""
     evaluates: ClassVar[tuple[Branch, ...]] = ()
     """Branches that it evaluates by itself, at other points than those of `needs`."""
 
@@ -85,7 +85,7 @@ class Guidance(PipelineCallback):
         return step.x
 
     def during(self, step: Step, state: State) -> AbstractContextManager[None]:
-        """A context around the evaluation of the branches that the step needs."""
+        """A context around every evaluation of this step."""
         return nullcontext()
 
     def guide(self, step: Step, state: State) -> Prediction:

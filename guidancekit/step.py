@@ -139,7 +139,8 @@ class Step(Moment):
     the tensors that a branch is conditioned on, by argument name; `encode(prompt)` those of other
     text. `attention(layers, tap)` is a context in which `tap` stands in for the attention of the
     named layers, `around(matches, wrapper)` one in which `wrapper` stands in for layers themselves
-    (both: `guidancekit.engine.layers`). `needed` are the branches that will be evaluated.
+    (both: `guidancekit.engine.layers`); `rows(branch, count)` tells the rows of a branch inside.
+    `needed` are the branches that will be evaluated.
     """
 
     stage: int
@@ -154,6 +155,7 @@ class Step(Moment):
     encode: Callable[[str], dict[str, Tensor]]
     attention: Callable[..., AbstractContextManager[None]]
     around: Callable[..., AbstractContextManager[None]]
+    rows: Callable[[Branch, int], slice]
     needed: tuple[Branch, ...]
     evaluated: dict[Branch, Prediction]
 

@@ -39,6 +39,12 @@ def make_step(
 ) -> Step:
     """A step whose clean predictions are `cond` and `uncond` at latent `x`, all [B, ...]."""
     level = level_of(kind, nsr)
+    clean = {"cond": cond, "uncond": uncond}
+
+    def evaluate(branch, x=x, timestep=None, level=level):
+        """The same clean prediction wherever it is asked for."""
+        return from_x0(clean[branch], x, level, kind)
+
     grid = (*(nsr * 2.0 ** (index - i) for i in range(total)), 0.0)
     return Step(
         index=index,
@@ -52,16 +58,14 @@ def make_step(
         level=level,
         next_level=level_of(kind, grid[index + 1]),
         kind=kind,
-        evaluate=None,  # type: ignore[arg-type]
+        evaluate=evaluate,
         conditions=lambda branch: {},
         encode=None,  # type: ignore[arg-type]
         attention=None,  # type: ignore[arg-type]
         around=None,  # type: ignore[arg-type]
+        rows=None,  # type: ignore[arg-type]
         needed=("uncond", "cond"),
-        evaluated={
-            "cond": from_x0(cond, x, level, kind),
-            "uncond": from_x0(uncond, x, level, kind),
-        },
+        evaluated={"cond": evaluate("cond"), "uncond": evaluate("uncond")},
     )
 
 

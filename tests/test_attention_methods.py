@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import tiny_sd, tiny_sdxl
 
-from guidancekit import CFG, PAG, SAG, SEG, SLG, BlurGuidance, GuidanceError
+from guidancekit import CFG, NAG, NASA, PAG, SAG, SEG, SLG, BlurGuidance, GuidanceError
 from guidancekit.methods.sag import gaussian_blur, received
 
 STEPS = 4
@@ -142,6 +142,124 @@ def test_fused_projections_are_the_same(sd):
         separate = call(sd)
         sd.unet.fuse_qkv_projections()
         torch.testing.assert_close(call(sd), separate, atol=1e-4, rtol=1e-4)
+
+
+# --- NAG and NASA --------------------------------------------------------------------------------
+
+
+class TwoTexts(AttnProcessor2_0):
+    """Cross-attention of the last rows with two texts, by hand: [rows, tokens, features]."""
+
+    def __init__(self, negative, combine, guided_rows):
+        super().__init__()
+        self.negative, self.combine, self.guided_rows = negative, combine, guided_rows
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+        def attend(x, text):
+            q, k, v = attn.to_q(x), attn.to_k(text), attn.to_v(text)
+            heads = [t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v)]
+            scores = torch.softmax(heads[0] @ heads[1].transpose(-1, -2) * attn.scale, dim=-1)
+            return (scores @ heads[2]).transpose(1, 2).flatten(2)
+
+        out = attend(hidden_states, encoder_hidden_states)
+        last = hidden_states[-self.guided_rows :]
+        negative = self.negative.expand(self.guided_rows, -1, -1)
+        guided = self.combine(out[-self.guided_rows :], attend(last, negative))
+        out = torch.cat([out[: -self.guided_rows], guided])
+        out = attn.to_out[1](attn.to_out[0](out))
+        return (out + hidden_states if attn.residual_connection else out) / (
+            attn.rescale_output_factor
+        )
+
+
+def nag_by_hand(phi, tau, alpha):
+    def combine(positive, negative):  # [rows, tokens, features], the paper's Eq. 7-10
+        extrapolated = positive + phi * (positive - negative)
+        ratio = extrapolated.abs().sum(-1, keepdim=True) / positive.abs().sum(-1, keepdim=True)
+        normalised = torch.minimum(ratio, torch.tensor(tau)) / ratio * extrapolated
+        return alpha * normalised + (1 - alpha) * positive
+
+    return combine
+
+
+NEGATIVE_ATTENTION = [
+    (NAG(3.0, tau=1.5, alpha=0.6), nag_by_hand(3.0, 1.5, 0.6)),
+    (NASA(0.3), lambda positive, negative: positive - 0.3 * negative),
+]
+
+
+@pytest.mark.parametrize(("guidance", "combine"), NEGATIVE_ATTENTION, ids=["nag", "nasa"])
+@pytest.mark.parametrize("w", [1.0, 5.0])
+def test_negative_attention_equals_a_processor_by_hand(guidance, combine, w, sd):
+    prompt = dict(negative_prompt="a blue ring") if w > 1 else {}
+    if w == 1:
+        guidance = type(guidance)(**{**guidance.config, "negative_prompt": "a blue ring"})
+    with (CFG() + guidance if w > 1 else guidance).attach(sd) as attached:
+        guided = call(sd, w, **prompt)
+        assert attached.report().rows == (2 if w > 1 else 1) * STEPS, "no second network pass"
+    negative = sd.encode_prompt("a blue ring", "cpu", 1, False)[0]
+    for name, module in sd.unet.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(TwoTexts(negative, combine, guided_rows=1))
+    torch.testing.assert_close(guided, call(sd, w, **prompt), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "guidance", [NAG(0.0), NAG(alpha=0.0), NASA(0.0)], ids=["phi 0", "alpha 0", "nasa 0"]
+)
+def test_negative_attention_switched_off_is_the_plain_pipeline(guidance, sd):
+    with guidance.attach(sd):
+        off = call(sd, 1.0)
+    assert torch.equal(off, call(sd, 1.0))
+
+
+def test_nag_of_equal_texts_is_the_positive(sd):
+    with NAG(4.0, negative_prompt="a red star").attach(sd):
+        same = call(sd, 1.0)
+    torch.testing.assert_close(same, call(sd, 1.0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [NAG(), NASA()], ids=repr)
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_negative_attention_composes_and_leaves_nothing_behind(guidance, make):
+    pipe = make()
+    plain, before = call(pipe), modules_state(pipe)
+    with (CFG() + PAG(2.0) + guidance).attach(pipe) as attached:
+        guided = call(pipe, negative_prompt="a blue ring")
+        assert attached.report().rows == 3 * STEPS
+    assert torch.isfinite(guided).all() and not torch.allclose(guided, plain, atol=1e-4)
+    assert modules_state(pipe) == before and torch.equal(call(pipe), plain)
+
+
+def test_negative_attention_batch(sd):
+    prompts = ["a red star", "a blue ring"]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with (CFG() + NAG(negative_prompt="a heart")).attach(sd):
+        together = call(sd, prompt=prompts, latents=noise)
+        for row, prompt in enumerate(prompts):
+            alone = call(sd, prompt=prompt, latents=noise[row : row + 1])
+            torch.testing.assert_close(together[row : row + 1], alone, atol=2e-4, rtol=1e-3)
+
+
+def test_nag_features_of_zeros_are_finite():
+    zeros = torch.zeros(1, 2, 3, 4)
+    assert torch.isfinite(NAG().combine(zeros, zeros)).all()
+    assert torch.isfinite(NAG().combine(zeros, zeros + 1)).all()
+
+
+def test_nag_without_a_text_encoder_says_so(sd):
+    embeds = sd.encode_prompt("a red star", "cpu", 1, False)[0]
+    sd.tokenizer = None
+    with pytest.raises(GuidanceError, match="cannot encode"), NAG().attach(sd):
+        call(sd, 1.0, prompt=None, prompt_embeds=embeds)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NAG(tau=0.5), lambda: NAG(alpha=1.5), lambda: NAG(-1.0), lambda: NASA(-0.1)]
+)
+def test_nag_parameters_out_of_range(make):
+    with pytest.raises(GuidanceError, match="expected a number"):
+        make()
 
 
 # --- independent references ----------------------------------------------------------------------

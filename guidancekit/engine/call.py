@@ -52,7 +52,12 @@ class Call:
 
     @property
     def timestep(self) -> Tensor:
-        """The timestep argument: a scalar, or one value per row."""
+        """The timestep argument: a scalar, or one value per sample."""
+        return _take(self._timestep, slice(-self.batch, None), self.rows)
+
+    @property
+    def _timestep(self) -> Any:
+        """The timestep argument of all rows."""
         return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
 
     def x(self, channels: int) -> Tensor:
@@ -95,7 +100,7 @@ class Call:
         the same arguments.
         """
         args, kwargs, rows = self.args, self.kwargs, slice(0, self.rows)
-        if branch is not None and len(self.branches) > 1:
+        if branch is not None:
             rows = self._rows(branch)
             args, kwargs = (_take(value, rows, self.rows) for value in (args, kwargs))
         if x is not None:
@@ -103,6 +108,7 @@ class Call:
             sample[:, : x.shape[1]] = x
             args, kwargs = _replace(args, kwargs, 0, _SAMPLE_NAMES, sample)
         if timestep is not None:
+            timestep = _per_row(timestep, like=self._timestep, rows=rows.stop - rows.start)
             args, kwargs = _replace(args, kwargs, 1, ("timestep",), timestep)
         if conditions is not None:
             kwargs = _with_named(kwargs, conditions)
@@ -175,6 +181,13 @@ def _take(value: Any, rows: slice, count: int) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_take(item, rows, count) for item in value)
     return value
+
+
+def _per_row(timestep: Any, like: Any, rows: int) -> Any:
+    """A timestep in the form in which the network takes it: a scalar, or one value per row."""
+    if not isinstance(timestep, Tensor) or timestep.ndim or getattr(like, "ndim", 0) == 0:
+        return timestep
+    return timestep.expand(rows)
 
 
 def _replace(

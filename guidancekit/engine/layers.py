@@ -39,11 +39,7 @@ class Place:
 
     def rows(self, branch: Branch, count: int) -> slice:
         """The rows of a branch among `count`; none if the branch is not being evaluated."""
-        if branch not in self.branches:
-            return slice(0, 0)
-        size = count // len(self.branches)
-        start = self.branches.index(branch) * size
-        return slice(start, start + size)
+        return rows_of(self.branches, branch, count)
 
 
 Tap = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor], Place], Tensor]
@@ -52,6 +48,15 @@ Tap = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor], Place], Tensor]
 q, k, v are [rows, heads, tokens, width]; `attend(q, k, v, mask=None)` is the attention as it would
 have been, with an additive mask on top if one is given.
 """
+
+
+def rows_of(branches: tuple[Branch, ...], branch: Branch, count: int) -> slice:
+    """The rows of `branch` among `count` rows of `branches`; none if it is not one of them."""
+    if branch not in branches:
+        return slice(0, 0)
+    size = count // len(branches)
+    start = branches.index(branch) * size
+    return slice(start, start + size)
 
 
 @contextmanager
@@ -135,13 +140,13 @@ def tapped(
     with around(network, matches, wrapper, layers):
         yield
     if not calls:
-        raise GuidanceError(unseen(network))
+        raise GuidanceError(unseen(type(network).__name__))
 
 
-def unseen(network: nn.Module) -> str:
+def unseen(network: str) -> str:
     """What to say when an attention layer ran without its attention being seen."""
     return (
-        f"The attention of {type(network).__name__} was not seen at work: attention slicing, "
+        f"The attention of {network} was not seen at work: attention slicing, "
         "xFormers or a linear attention hide it. Switch to the default attention processors."
     )
 

@@ -17,7 +17,7 @@ from ..step import Branch, Level, Moment, Prediction, Step
 from ..tensors import match_std
 from . import noise
 from .call import Call
-from .layers import around, tapped
+from .layers import around, rows_of, tapped
 from .report import Report, StepRecord
 
 if TYPE_CHECKING:
@@ -87,15 +87,16 @@ class Run:
         if step.x is not x:
             self.call = self.call.with_latent(step.x)
         step.needed = guidance.needs(step, state)
+        acts = guidance.acts(step, state)
         with guidance.during(step, state):
             self._evaluate(step)
-        guided = guidance.guide(step, state)
+            guided = guidance.guide(step, state)
         if step.stage == 0:
             record = self.report.steps[-1]
-            record.active = guided is not step.evaluated.get("cond")
+            record.active = acts
             record.scale = guidance.effective_scale(step, guided, state)
         out = guided.out
-        if len(self.branches) > 1 and _guidance_rescale(self.pipe):
+        if len(self.branches) > 1 and step.evaluated and _guidance_rescale(self.pipe):
             out = match_std(out, step.cond.out, _guidance_rescale(self.pipe))
         self.step, self.guided = step, out.to(call.sample.dtype)
         # Once per run a known offset between the branches shows what the pipeline does with them.
@@ -194,8 +195,14 @@ class Run:
                 "Use DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, "
                 "DPMSolverMultistepScheduler or FlowMatchEulerDiscreteScheduler."
             )
+        if guidance.first_order and not noise.first_order(self.scheduler):
+            raise GuidanceError(
+                f"{guidance!r} needs a first-order deterministic step, which "
+                f"{type(self.scheduler).__name__} does not take. Use DDIMScheduler, "
+                "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler."
+            )
         planned = SimpleNamespace()
-        needs = [guidance.needs(moment, planned) for moment in self.moments]
+        needs = [guidance.evaluates, *(guidance.needs(each, planned) for each in self.moments)]
         if any("uncond" in needed for needed in needs) and "uncond" not in self.branches:
             raise GuidanceError(
                 f"{guidance!r} needs the unconditional prediction, but "
@@ -237,6 +244,7 @@ class Run:
                 lambda: self.evaluating,
             ),
             around=functools.partial(around, self._denoiser),
+            rows=lambda branch, count: rows_of(self.evaluating, branch, count),
             encode=self._encode,
             needed=(),
             evaluated={},

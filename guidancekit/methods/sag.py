@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.layers import Place
+from ..engine.layers import Place, unseen
+from ..errors import GuidanceError
 from ..guidance import Guidance, Preset, State
 from ..parameters import Range
 from ..step import COND, Branch, Moment, Prediction, Step
@@ -96,6 +97,8 @@ class SAG(BlurGuidance):
         return step.attention(self.layers, read)
 
     def degrade(self, x0: Tensor, state: State) -> Tensor:
+        if not hasattr(state, "mass"):
+            raise GuidanceError(unseen("the network"))
         mask = (state.mass > 1.0).float().unsqueeze(1)
         mask = F.interpolate(mask, x0.shape[-2:], mode="nearest")
         return x0 + mask * (super().degrade(x0, state) - x0)
