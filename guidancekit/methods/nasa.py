@@ -15,9 +15,9 @@ from .nag import NegativeAttention, NegativePrompt
 class NASA(NegativeAttention):
     """Negative-away steer attention: Z = Z+ - scale Z- in cross-attention, arXiv:2412.02687.
 
-    Eq. 7-9. Negative prompts for one-step and few-step models. It does not keep norms: equal texts give
-    (1 - scale) Z+. Defaults: 0.2, the paper's for models based on SD 2.1. No code of the authors is
-    public (unverified against one). Cost: no further network evaluation.
+    Eq. 7-9. Negative prompts for one-step and few-step models. It does not keep norms: equal texts
+    give (1 - scale) Z+. Default 0.2: the paper's for models based on SD 2.1. No code of the authors
+    is public (unverified against one). Cost: no further network evaluation.
     """
 
     name = "nasa"
