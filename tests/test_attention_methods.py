@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    StableDiffusion3PAGPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionSAGPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
-from tiny import tiny_sd, tiny_sdxl
+from tiny import sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
 
 from guidancekit import CFG, NAG, NASA, PAG, SAG, SEG, SLG, BlurGuidance, GuidanceError
 from guidancekit.methods.sag import gaussian_blur, received
@@ -432,3 +433,88 @@ def test_blur_in_x0_space_is_exact_for_other_predictions(prediction_type, guidan
     )
     with guidance.attach(other):
         torch.testing.assert_close(call(other, 1.0), expected, atol=2e-3, rtol=2e-3)
+
+
+# --- joint attention -----------------------------------------------------------------------------
+
+
+def call_sd3(pipe, count=1, **options):
+    """The first `count` of two samples."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    return pipe(
+        **{name: tensor[:count] for name, tensor in sd3_prompt(2).items()},
+        num_inference_steps=STEPS,
+        latents=noise[:count],
+        height=32,
+        width=32,
+        output_type="latent",
+        **{"guidance_scale": 5.0, **options},
+    ).images
+
+
+@pytest.mark.parametrize("w", [1.0, 5.0])
+def test_pag_equals_diffusers_joint_attention_pipeline(w):
+    pipe = tiny_sd3()
+    guidance = CFG() + PAG(3.0) if w > 1 else PAG(3.0)
+    with guidance.attach(pipe):
+        guided = call_sd3(pipe, guidance_scale=w)
+    parts = {
+        k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")
+    }
+    reference = StableDiffusion3PAGPipeline(**parts, pag_applied_layers="transformer_blocks.1")
+    reference.set_progress_bar_config(disable=True)
+    expected = call_sd3(reference, guidance_scale=w, pag_scale=3.0)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_slg_equals_diffusers_own():
+    pipe = tiny_sd3()
+    expected = call_sd3(
+        pipe,
+        skip_guidance_layers=[1],
+        skip_layer_guidance_scale=2.5,
+        skip_layer_guidance_start=0.0,
+        skip_layer_guidance_stop=0.9,
+    )
+    slg = SLG(2.5, layers="transformer_blocks.1", start=0.0, end=0.9)
+    with (CFG() + slg).attach(pipe) as guidance:
+        torch.testing.assert_close(call_sd3(pipe), expected, atol=1e-4, rtol=1e-4)
+    assert guidance.report().rows_per_step == [2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "guidance", [SAG(), PAG(strength=0.5), SEG(), SEG(blur_sigma=1.0)], ids=repr
+)
+def test_joint_attention_batches_and_leaves_nothing_behind(guidance):
+    pipe = tiny_sd3()
+    plain = call_sd3(pipe)
+    with (CFG() + guidance).attach(pipe):
+        together = call_sd3(pipe, 2)
+        alone = call_sd3(pipe)
+    torch.testing.assert_close(together[:1], alone, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(alone, plain, atol=1e-4)
+    assert torch.equal(call_sd3(pipe), plain)
+
+
+def test_seg_leaves_text_queries_alone():
+    pipe, seen = tiny_sd3(), []
+
+    class Spy(SEG):
+        def perturb(self, q, k, v, attend, place):
+            def look(new_q, new_k, new_v):
+                seen.append((q[:, :, place.image :], new_q[:, :, place.image :]))
+                assert new_k is k and new_v is v
+                assert new_q[:, :, : place.image].std(dim=2).max() < 1e-5
+                return attend(new_q, new_k, new_v)
+
+            return super().perturb(q, k, v, look, place)
+
+    with Spy().attach(pipe):
+        call_sd3(pipe)
+    assert len(seen) == STEPS and all(torch.equal(*pair) for pair in seen)
+
+
+def test_nag_refuses_joint_attention():
+    pipe = tiny_sd3()
+    with pytest.raises(GuidanceError, match="no layer"), (CFG() + NAG()).attach(pipe):
+        call_sd3(pipe)

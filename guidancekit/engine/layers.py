@@ -65,10 +65,12 @@ def around(
     matches: Callable[[str, nn.Module], bool],
     wrapper: Callable[..., Any],
     layers: str = "",
+    what: str = "",
 ) -> Iterator[None]:
     """Run `wrapper(forward, *args, **kwargs)` in place of the forward of every matching module.
 
-    `layers` narrows the modules down by name, see `named`. Raises `GuidanceError` if none is left.
+    `layers` narrows the modules down by name, see `named`. Raises `GuidanceError` if none is left,
+    calling them `what`.
     """
     is_named = named(network, layers) if layers else lambda name: True
     found = [
@@ -77,9 +79,8 @@ def around(
         if is_named(name) and matches(name, module)
     ]
     if not found:
-        raise GuidanceError(
-            f"{type(network).__name__} has no layer {layers!r} of the kind asked for."
-        )
+        what = what or f"layer {layers!r} of the kind asked for"
+        raise GuidanceError(f"{type(network).__name__} has no {what}.")
     patched: list[tuple[nn.Module, Any]] = []
     try:
         for module in found:
@@ -125,12 +126,14 @@ def tapped(
     """
     calls = 0
 
-    def wrapper(forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         nonlocal calls
-        tokens = hidden.flatten(2).shape[2] if hidden.ndim == 4 else hidden.shape[1]
+        tokens = hidden_states.shape[1]
         place = Place(grid_of(size, tokens), tokens, branches(), calls)
         with Intercept(lambda q, k, v, attend: tap(q, k, v, attend, place)) as intercept:
-            result = forward(hidden, *args, **kwargs)
+            result = forward(hidden_states, *args, **kwargs)
         calls += intercept.calls
         return result
 

@@ -177,7 +177,8 @@ class Run:
             starts = [self._levels[begin + self._order * i][0].nsr for i in range(total)]
             grid = (*starts, self._levels[begin + self._length - 1][1].nsr)
         scale = _guidance_scale(self.pipe)
-        self.moments = [Moment(i, total, grid, scale) for i in range(total)]
+        starting = times[begin :: self._order]
+        self.moments = [Moment(i, total, grid, scale, time=starting[i]) for i in range(total)]
 
     @property
     def _order(self) -> int:
