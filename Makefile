@@ -17,6 +17,7 @@ help: ## show this list
 
 # The stamps are touched last, so an installation that broke off is repeated.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), once; torch is large, so this takes a while ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	@touch $@
@@ -26,14 +27,16 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	@echo "installing the oldest versions into $(LOWEST), once ..."
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## draw the comparison grid: three prompts under five methods
+demo: $(VENV)/.installed ## draw the comparison grid: four prompts under five methods
 	$(BIN)/guidancekit compare \
-		"a big red circle on a white background" \
+		"a large red circle on a white background" \
 		"a blue star above a yellow square" \
+		"a small striped orange moon on a navy background" \
 		"a green heart left of a purple ring" \
 		--methods cfg,apg,cfg++,fdg,interval --seeds 0 --out $(OUT)/demo.png
 
@@ -55,6 +58,7 @@ format: $(VENV)/.installed-dev ## rewrite the code in ruff's format
 test-lowest: $(LOWEST)/.installed ## pytest with the oldest versions that pyproject.toml allows
 	$(LOWEST)/bin/pytest
 
-clean: ## remove the environments, caches and pictures
-	rm -rf $(VENV) $(LOWEST) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments, the caches and the demo
+	rm -rf $(VENV) $(LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(OUT)/demo.png $(OUT)/demo.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -201,6 +201,8 @@ def compare(options: argparse.Namespace) -> int:
         if comparison.pictures:
             _save_comparison(comparison, free_path(out.with_stem(f"{out.stem}-partial")))
         raise
+    for c, reason in comparison.left_out.items():
+        _warn(f"left out {columns[c].method}: {reason}")
     _save_comparison(comparison, out)
     return 0
 

@@ -25,6 +25,8 @@ class Column:
     method: str
     guidance: str
     guidance_scale: float | None
+    optional: bool = False
+    """Whether the column is left out where it cannot work, instead of stopping the comparison."""
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Comparison:
     rows: list[Recipe]
     columns: list[Column]
     pictures: dict[tuple[int, int], Picture] = field(default_factory=dict)
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Optional columns that cannot work on these models, and why."""
 
     def recipe(self, row: int, column: int) -> Recipe:
         """What is run in a cell; the embedded models have a CFG scale of their own."""
@@ -53,13 +57,21 @@ class Comparison:
                 pipe = None  # let go of the last model before the next is loaded
                 pipe, loaded = load_pipeline(base, device), base.model
                 warm_up(pipe, base)
-            for c in range(len(self.columns)):
+            for c, column in enumerate(self.columns):
                 yield pipe, (r, c)
-                self.pictures[r, c] = run(pipe, self.recipe(r, c))
+                if c in self.left_out:
+                    continue
+                try:
+                    self.pictures[r, c] = run(pipe, self.recipe(r, c))
+                except GuidanceError as error:
+                    if not column.optional:
+                        raise
+                    self.left_out[c] = str(error)
 
     def draw(self) -> Image.Image:
         """The grid of the finished pictures; unfinished cells are empty."""
         several = len({row.model for row in self.rows}) > 1
+        shown = [c for c in range(len(self.columns)) if c not in self.left_out]
         corner, first = [], self.rows[0]
         if first.scheduler is not None:
             corner.append(first.scheduler)
@@ -67,12 +79,12 @@ class Comparison:
         if first.negative:
             corner.append(f"negative: {first.negative}")
         return draw_grid(
-            [[self._image(r, c) for c in range(len(self.columns))] for r in range(len(self.rows))],
+            [[self._image(r, c) for c in shown] for r in range(len(self.rows))],
             [
                 Label(row.prompt, (f"seed {row.seed}", *((_short(row.model),) if several else ())))
                 for row in self.rows
             ],
-            [self._head(c) for c in range(len(self.columns))],
+            [self._head(c) for c in shown],
             Label("guidancekit" if several else _short(first.model), tuple(corner)),
         )
 
@@ -81,7 +93,15 @@ class Comparison:
         content = {
             "versions": installed_versions(),
             "rows": [{"prompt": r.prompt, "seed": r.seed, "model": r.model} for r in self.rows],
-            "columns": [asdict(column) for column in self.columns],
+            "columns": [
+                {
+                    "method": column.method,
+                    "guidance": column.guidance,
+                    "guidance_scale": column.guidance_scale,
+                    "left_out": self.left_out.get(c),
+                }
+                for c, column in enumerate(self.columns)
+            ],
             "pictures": [
                 {
                     "row": row,
@@ -105,38 +125,48 @@ class Comparison:
         """The method and its settings, then the cost of a picture, averaged over the rows."""
         chosen = self.columns[column]
         made = [picture for (_, c), picture in self.pictures.items() if c == column]
-        title, _, settings = chosen.method.partition("(")
-        details = [settings.removesuffix(")")] if settings else []
-        scales = sorted({p.recipe.guidance_scale for p in made if p.recipe.guidance_scale})
+        title, settings = _split_settings(chosen.method)
+        details = []
         if follows_pipeline(parse(chosen.guidance)):
+            scales = sorted({p.recipe.guidance_scale for p in made if p.recipe.guidance_scale})
             details.append(f"w = {' or '.join(f'{scale:g}' for scale in scales)}")
-        if made:
-            evaluations = mean(picture.evaluations for picture in made)
-            seconds = mean(picture.seconds for picture in made)
-            details.append(f"{evaluations:g} evaluations, {seconds:.2g} s")
-        return Label(title.strip(), tuple(details))
+        elif not settings:  # a scale that the method itself was given
+            settings = _split_settings(chosen.guidance)[1]
+        if settings:
+            details.append(settings)
+        if not made:
+            return Label(title, tuple(details))
+        evaluations = mean(picture.evaluations for picture in made)
+        seconds = mean(picture.seconds for picture in made)
+        cost = f"{evaluations:g} evaluations, {seconds:.2g} s"
+        return Label(title, tuple(details), cost)
 
 
 def make_columns(specs: Sequence[str], scales: Sequence[float] = ()) -> list[Column]:
     """Methods times scales; a method that names its scales itself gets one column only.
 
-    "all" stands for every method. Raises `GuidanceError` for an unknown method or an unfit value.
+    "all" stands for every method that works without further settings.
+    Raises `GuidanceError` for an unknown method or an unfit value.
     """
-    names = [name for spec in specs for name in (methods() if spec == "all" else [spec])]
+    names = dict.fromkeys(spec for spec in specs if spec != "all")
+    rest = dict.fromkeys(name for name in methods() if name not in names)
     columns = []
-    for name in dict.fromkeys(names):
-        column = Column(name, *with_scale(name, None))
+    for name in [*names, *(rest if "all" in specs else ())]:
+        column = Column(name, *with_scale(name, None), optional=name in rest)
         if not scales or not follows_pipeline(parse(column.guidance)):
             columns.append(column)
         else:
-            columns += [Column(name, *with_scale(name, scale)) for scale in scales]
+            columns += [
+                replace(column, guidance=guidance, guidance_scale=guidance_scale)
+                for guidance, guidance_scale in (with_scale(name, scale) for scale in scales)
+            ]
     if not columns:
         raise GuidanceError("there is no method to compare: give names, for example cfg,apg.")
     return columns
 
 
 def split_methods(text: str) -> list[str]:
-    """ "cfg, apg(scale=12, eta=0.5)" as ["cfg", "apg(scale=12, eta=0.5)"]."""
+    """Split at commas outside of parentheses: "cfg, apg(scale=12, eta=0.5)" are two."""
     parts, depth = [""], 0
     for character in text:
         depth += {"(": 1, ")": -1, "[": 1, "]": -1}.get(character, 0)
@@ -145,6 +175,14 @@ def split_methods(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
+
+
+def _split_settings(method: str) -> tuple[str, str]:
+    """Name and settings, such as "apg" and "eta=0.5"; a sum is all name."""
+    name, _, settings = method.partition("(")
+    if " + " in method or not settings:
+        return method, ""
+    return name.strip(), settings.removesuffix(")")
 
 
 def _short(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any
 
@@ -17,9 +18,11 @@ def overview() -> str:
     lines = []
     groups: dict[str, dict[str, Any]] = {"strategies": methods(), "schedules": schedules()}
     for heading, group in groups.items():
+        rows = [(n, cls.__name__, cls.paper, _summary(cls)) for n, cls in group.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths[-1] = 0  # nothing stands to the right of the summaries
         lines.append(f"{heading}:")
-        for name, cls in group.items():
-            lines.append(f"  {name:13} {cls.__name__:13} {cls.paper:17} {paragraphs(cls)[0]}")
+        lines += ["  " + "  ".join(map(str.ljust, row, widths)) for row in rows]
         lines.append("")
     return "\n".join([*lines, "guidancekit methods NAME shows parameters, presets and cost."])
 
@@ -48,6 +51,13 @@ def paragraphs(cls: Any) -> list[str]:
     """The paragraphs of a docstring, each in one line; the first is the summary."""
     text = textwrap.dedent("    " + (cls.__doc__ or "").strip())
     return [" ".join(part.split()) for part in text.split("\n\n")]
+
+
+def _summary(cls: Any) -> str:
+    """The first paragraph without the paper at its end, which has a column of its own."""
+    paper = rf",( after| from)? {re.escape(cls.paper)}( (Eq|Alg|Sec|Fig)[^:;]*)?\.?$"
+    text = paragraphs(cls)[0]
+    return re.sub(paper, ".", text) if cls.paper else text
 
 
 def _parameter(parameter: Parameter) -> str:

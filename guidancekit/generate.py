@@ -43,7 +43,8 @@ def with_scale(
 
     `method` is a registry name, to which `values` are given, or a text such as ``apg(eta=0.5)``.
     Methods whose scale is None read the pipeline's, which has an unconditional branch above 1
-    only. Smaller scales, and those of methods that are not CFG, go to the method's own `scale`.
+    only. Scales up to 1 therefore, and those of methods that are not CFG, go to the method's own
+    `scale` if it has one.
     Raises `GuidanceError` for unknown methods and unfit values.
     """
     values = values or {}
@@ -53,12 +54,15 @@ def with_scale(
     guidance = parse(method) if is_text else create(method, **values)
     if scale is None or (scale > 1 and follows_pipeline(guidance)):
         return repr(guidance), scale
-    if is_text or "scale" in values:
-        raise GuidanceError(
-            f"scale: found {scale:g}, but {guidance!r} cannot take it from outside: "
-            "give the scale among its parameters."
-        )
-    return repr(create(method, **{**values, "scale": scale})), None
+    has_scale = any(parameter.name == "scale" for parameter in parameters(type(guidance)))
+    if has_scale and not is_text and "scale" not in values:
+        return repr(create(method, **{**values, "scale": scale})), None
+    if scale == 1 and follows_pipeline(guidance):
+        return repr(guidance), scale  # no guidance, and no unconditional branch to miss
+    raise GuidanceError(
+        f"scale: found {scale:g}, but {guidance!r} cannot take it from outside: "
+        "give the scale among its parameters."
+    )
 
 
 def follows_pipeline(value: Any) -> bool:

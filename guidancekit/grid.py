@@ -18,10 +18,11 @@ LINE = 1.35  # line height over font size
 
 @dataclass(frozen=True)
 class Label:
-    """A heading with smaller lines below it."""
+    """A heading with smaller lines below it; `foot` stands last, in line with its neighbours'."""
 
     title: str
     details: tuple[str, ...] = ()
+    foot: str = ""
 
 
 def cell_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -69,7 +70,7 @@ def draw_grid(
     draw = ImageDraw.Draw(sheet)
     corner_text.draw(draw, MARGIN, MARGIN)
     for c, head in enumerate(heads):
-        head.draw(draw, left + c * (width + GAP), MARGIN)
+        head.draw(draw, left + c * (width + GAP), MARGIN, bottom=top - PADDING)
     y = top
     for side, line, row_height in zip(sides, pictures, row_heights, strict=True):
         side.draw(draw, MARGIN, y)
@@ -90,12 +91,15 @@ class _Text:
         self.lines = [(line, 16, INK) for line in wrap(label.title, 16, width)]
         for detail in label.details:
             self.lines += [(line, 13, FAINT) for line in wrap(detail, 13, width)]
-        self.height = sum(round(size * LINE) for _, size, _ in self.lines)
+        self.foot = [(line, 13, FAINT) for line in wrap(label.foot, 13, width)]
+        self.height = _height(self.lines) + _height(self.foot)
 
-    def draw(self, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
-        for line, size, colour in self.lines:
-            draw.text((x, y), line, fill=colour, font=_font(size))
-            y += round(size * LINE)
+    def draw(self, draw: ImageDraw.ImageDraw, x: int, y: int, bottom: int = 0) -> None:
+        """The lines from `y` on, and the foot so that it ends at `bottom`."""
+        for lines, start in ((self.lines, y), (self.foot, bottom - _height(self.foot))):
+            for line, size, colour in lines:
+                draw.text((x, start), line, fill=colour, font=_font(size))
+                start += round(size * LINE)
 
 
 def wrap(text: str, size: int, width: int) -> list[str]:
@@ -122,6 +126,10 @@ def _fit(image: Image.Image) -> Image.Image:
     if size == image.size:
         return image.convert("RGB")
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _height(lines: Sequence[tuple[str, int, str]]) -> int:
+    return sum(round(size * LINE) for _, size, _ in lines)
 
 
 def _width(text: str, size: int) -> float:

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
+from torch.nn import Module
 
 from . import schedules
 from .errors import GuidanceError
 from .parameters import check, parameters
 from .schedules import Schedule, scale_at
-from .step import BOTH, COND, UNCOND, Branch, Moment, Prediction, Step
+from .step import BOTH, COND, Branch, Moment, Prediction, Step
 from .tensors import TINY, dot
 
 if TYPE_CHECKING:
     from .engine import Attachment, Report
+
+_LIVE = ("_attachment", "_report", "_loaded")  # what copies of a guidance do not carry
 
 State = SimpleNamespace
 """What a strategy remembers within one run; the engine hands out an empty one at each start."""
@@ -212,11 +215,21 @@ class Guidance(PipelineCallback):
     def __repr__(self) -> str:
         """The shortest call that makes this guidance; `guidancekit.parse` reads it back."""
         given = [
-            f"{parameter.name}={_live(self.config[parameter.name])!r}"
+            f"{parameter.name}={_shown(_live(self.config[parameter.name]))}"
             for parameter in parameters(type(self))
-            if self.config[parameter.name] != parameter.default
+            if self.config[parameter.name] != _plain(parameter.default)
         ]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def to_json_string(self) -> str:
+        try:
+            text: str = super().to_json_string()
+        except TypeError as error:
+            raise GuidanceError(
+                f"{self!r} holds an object that a file cannot: save a network to a folder of its "
+                "own and give the folder's name instead; a function cannot be saved."
+            ) from error
+        return text
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Guidance) and repr(self) == repr(other)
@@ -225,7 +238,7 @@ class Guidance(PipelineCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the settings, not the connection to a pipeline."""
-        return {k: v for k, v in vars(self).items() if k not in ("_attachment", "_report")}
+        return {k: v for k, v in vars(self).items() if k not in _LIVE}
 
 
 class ClassifierFree(Guidance):
@@ -234,7 +247,18 @@ class ClassifierFree(Guidance):
     scale: schedules.Scale
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
-        return {0.0: UNCOND, 1.0: COND}.get(scale_at(self.scale, moment), BOTH)
+        return COND if scale_at(self.scale, moment) == 1 else BOTH
+
+
+class Companion(ClassifierFree):
+    """Acts elsewhere than on the prediction, which plain classifier-free guidance makes.
+
+    With a scale of None it guides at the pipeline's scale when it is alone; in a sum it then leaves
+    the guiding to the other terms.
+    """
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        return step.cfg(scale_at(self.scale, step))
 
 
 class Sum(Guidance):
@@ -247,6 +271,10 @@ class Sum(Guidance):
         for term in (_live(term) for term in terms):
             flat.extend(term.terms if isinstance(term, Sum) else [term])
         self.terms: tuple[Guidance, ...] = tuple(flat)
+        silent = [isinstance(term, Companion) and term.scale is None for term in flat]
+        if all(silent):
+            silent[:1] = [False]
+        self._silent = silent
 
     @property
     def edits_latents(self) -> bool:  # type: ignore[override]
@@ -270,8 +298,10 @@ class Sum(Guidance):
         return state.terms
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
-        pairs = zip(self.terms, self._states(state), strict=True)
-        needed = {branch for term, own in pairs for branch in term.needs(moment, own)}
+        each = zip(self.terms, self._states(state), self._silent, strict=True)
+        needed = {
+            branch for term, own, silent in each if not silent for branch in term.needs(moment, own)
+        }
         return tuple(branch for branch in BOTH if branch == "cond" or branch in needed)
 
     def acts(self, moment: Moment, state: State) -> bool:
@@ -298,8 +328,8 @@ class Sum(Guidance):
             yield
 
     def guide(self, step: Step, state: State) -> Prediction:
-        for term, own in zip(self.terms, self._states(state), strict=True):
-            own.guided = term.guide(step, own)
+        for term, own, silent in zip(self.terms, self._states(state), self._silent, strict=True):
+            own.guided = step.cond if silent else term.guide(step, own)
         changed = [own.guided for own in self._states(state) if own.guided is not step.cond]
         if len(changed) < 2:  # one term acts, or none: to the last bit
             return changed[0] if changed else step.cond
@@ -319,6 +349,13 @@ class Sum(Guidance):
         return " + ".join(map(repr, self.terms))
 
 
+def _shown(value: Any) -> str:
+    """A value in one line, networks too."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_shown(each)}" for key, each in value.items()) + "}"
+    return object.__repr__(value) if isinstance(value, Module) else repr(value)
+
+
 def _plain(value: Any) -> Any:
     """A constructor argument as JSON values."""
     if isinstance(value, Guidance):
@@ -335,7 +372,8 @@ def _live(value: Any) -> Any:
     """Undo `_plain` for one value."""
     if isinstance(value, Mapping) and "_class_name" in value:
         return Guidance.from_config(value)
-    return schedules.from_config(value) if isinstance(value, Mapping) else value
+    is_schedule = isinstance(value, Mapping) and "schedule" in value
+    return schedules.from_config(value) if is_schedule else value
 
 
 def _strategy(class_name: str) -> type[Guidance]:

@@ -28,7 +28,7 @@ def methods() -> dict[str, type[Guidance]]:
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for value in vars(module).values():
             defined_here = inspect.isclass(value) and value.__module__ == module.__name__
-            if defined_here and issubclass(value, Guidance):
+            if defined_here and issubclass(value, Guidance) and value.name:
                 found[value.name] = value
     return dict(sorted(found.items()))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -109,12 +109,14 @@ class Moment:
 
     `grid` holds the noise level (nsr) at the start of each of the `total` steps and after the last;
     it is empty where the scheduler's noise levels are unknown. `guidance_scale` is the pipeline's.
+    `time` is the scheduler's timestep at the start of the step, 1000 being noise.
     """
 
     index: int
     total: int
     grid: tuple[float, ...]
     guidance_scale: float | None
+    time: float = field(default=0.0, kw_only=True)
 
     @property
     def progress(self) -> float:
@@ -137,10 +139,11 @@ class Step(Moment):
     `evaluate(branch, ...)` runs the network once more: at another latent `x` (with its `timestep`
     and `level`), under other `conditions`, or through another `network`. `conditions(branch)` are
     the tensors that a branch is conditioned on, by argument name; `encode(prompt)` those of other
-    text. `attention(layers, tap)` is a context in which `tap` stands in for the attention of the
-    named layers, `around(matches, wrapper)` one in which `wrapper` stands in for layers themselves
-    (both: `guidancekit.engine.layers`); `rows(branch, count)` tells the rows of a branch inside.
-    `needed` are the branches that will be evaluated.
+    text. `decode(x0)` makes images [n, 3, H, W] in [0, 1] of clean latents.
+    `attention(layers, tap)` is a context in which `tap` stands in for the attention of the named
+    layers, `around(matches, wrapper)` one in which `wrapper` stands in for layers themselves (both:
+    `guidancekit.engine.layers`); `rows(branch, count)` tells the rows of a branch inside.
+    `needed` are the branches that will be evaluated; `warn(message)` warns once, in the report too.
     """
 
     stage: int
@@ -153,9 +156,11 @@ class Step(Moment):
     evaluate: Callable[..., Prediction]
     conditions: Callable[[Branch], dict[str, Tensor]]
     encode: Callable[[str], dict[str, Tensor]]
+    decode: Callable[[Tensor], Tensor]
     attention: Callable[..., AbstractContextManager[None]]
     around: Callable[..., AbstractContextManager[None]]
     rows: Callable[[Branch, int], slice]
+    warn: Callable[[str], None]
     needed: tuple[Branch, ...]
     evaluated: dict[Branch, Prediction]
 

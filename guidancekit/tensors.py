@@ -6,6 +6,8 @@ they broadcast back. A row's result never depends on its batch mates.
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -28,22 +30,31 @@ def std(a: Tensor) -> Tensor:
 
 
 class Noise:
-    """Normal draws that are the same on every device; sample i of a batch has the seed `seed` + i.
+    """Random draws that are the same on every device; sample i of a batch has the seed `seed` + i.
 
-    So a sample gets the same noise whoever its batch mates are.
+    So a sample gets the same noise whoever its batch mates are. Draws of another `purpose` are
+    other numbers, and none are those of a pipeline whose own generator has the same seed.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, purpose: str = "") -> None:
+        self.seed, self.purpose = seed, purpose
         self.generators: list[torch.Generator] = []
 
     def __call__(self, like: Tensor) -> Tensor:
-        """The next draw, float32, of the shape of `like` [B, ...] and on its device."""
-        for i in range(len(self.generators), like.shape[0]):
-            self.generators.append(torch.Generator().manual_seed(self.seed + i))
+        """The next normal draw, float32, of the shape of `like` [B, ...] and on its device."""
         shape = like.shape[1:]
-        draws = [torch.randn(shape, generator=own) for own in self.generators[: like.shape[0]]]
-        return torch.stack(draws).to(like.device)
+        draws = [torch.randn(shape, generator=own) for own in self._own(like.shape[0])]
+        return torch.stack(draws).to(like.device, non_blocking=True)
+
+    def integers(self, high: int, count: int) -> list[int]:
+        """A whole number in [0, high) for each of `count` samples."""
+        return [int(torch.randint(high, (), generator=own)) for own in self._own(count)]
+
+    def _own(self, count: int) -> list[torch.Generator]:
+        for i in range(len(self.generators), count):
+            seed = zlib.crc32(f"guidancekit {self.purpose} {self.seed + i}".encode())
+            self.generators.append(torch.Generator().manual_seed(seed))
+        return self.generators[:count]
 
 
 def parallel(a: Tensor, onto: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -41,16 +42,28 @@ def make_step(
     level = level_of(kind, nsr)
     clean = {"cond": cond, "uncond": uncond}
 
-    def evaluate(branch, x=x, timestep=None, level=level):
-        """The same clean prediction wherever it is asked for."""
-        return from_x0(clean[branch], x, level, kind)
+    perturbed = []
 
+    def evaluate(branch, x=x, timestep=None, level=level, conditions=None, network=None):
+        """The same clean prediction wherever it is asked for; `uncond` if anything is altered."""
+        altered = conditions is not None or network is not None or perturbed
+        return from_x0(clean["uncond" if altered else branch], x, level, kind)
+
+    @contextmanager
+    def around(*_, **__):
+        """Perturbs the evaluations inside."""
+        perturbed.append(True)
+        yield
+        perturbed.pop()
+
+    embeddings = {"encoder_hidden_states": torch.linspace(-1, 1, 12).view(1, 3, 4)}
     grid = (*(nsr * 2.0 ** (index - i) for i in range(total)), 0.0)
     return Step(
         index=index,
         total=total,
         grid=grid,
         guidance_scale=guidance_scale,
+        time=500.0,
         stage=stage,
         timestep=torch.tensor(500),
         next_timestep=torch.tensor(250),
@@ -59,11 +72,13 @@ def make_step(
         next_level=level_of(kind, grid[index + 1]),
         kind=kind,
         evaluate=evaluate,
-        conditions=lambda branch: {},
-        encode=None,  # type: ignore[arg-type]
-        attention=None,  # type: ignore[arg-type]
-        around=None,  # type: ignore[arg-type]
+        conditions=lambda branch: {k: v.repeat(len(x), 1, 1) for k, v in embeddings.items()},
+        encode=lambda prompt: embeddings,
+        decode=lambda x0: (x0[:, :3] / 2 + 0.5).clamp(0, 1),
+        attention=around,
+        around=around,
         rows=None,  # type: ignore[arg-type]
+        warn=lambda message: None,
         needed=("uncond", "cond"),
         evaluated={"cond": evaluate("cond"), "uncond": evaluate("uncond")},
     )

@@ -21,7 +21,7 @@ DPM = dict(algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero
 def with_scheduler(name, **options):
     pipe = tiny_sd()
     cls = getattr(diffusers, name)
-    pipe.scheduler = cls.from_config({**pipe.scheduler.config, "set_alpha_to_one": True, **options})
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, set_alpha_to_one=True, **options)
     return pipe
 
 
@@ -241,8 +241,10 @@ def test_equivalent_strength_does_not_depend_on_the_number_of_steps():
 
 def test_a_cfg_scale_given_as_lambda_warns():
     pipe = with_scheduler("DDIMScheduler")
+    guidance = CFGPlusPlus(30.0)
     with pytest.warns(UserWarning, match="equivalent_cfg"):
-        guided(pipe, CFGPlusPlus(30.0))
+        guided(pipe, guidance)
+    assert len(guidance.report().warnings) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guided(pipe, CFGPlusPlus(0.6))

@@ -17,8 +17,11 @@ from tiny import tiny_sd, tiny_sdxl
 
 import guidancekit.compare
 import guidancekit.generate
+import guidancekit.loading
+from guidancekit import GuidanceError
 from guidancekit.cli import main
-from guidancekit.generate import SCHEDULERS
+from guidancekit.loading import SCHEDULERS, choose_device, choose_dtype, load_pipeline
+from guidancekit.parameters import parameters
 from guidancekit.recipe import CHUNK, Recipe, read_recipe, save_picture
 from guidancekit.registry import methods, schedules
 
@@ -72,7 +75,7 @@ def test_generate_writes_one_png_per_seed_with_its_recipe(generate, tiny_folder,
         assert (recipe.prompt, recipe.negative, recipe.seed) == ("a red circle", "a star", seed)
         assert (recipe.model, recipe.steps, recipe.size) == (tiny_folder, STEPS, (32, 32))
         assert (recipe.guidance, recipe.guidance_scale) == ("CFG()", 7.5)
-        assert recipe.versions["torch"] == torch.__version__
+        assert torch.__version__.startswith(recipe.versions["torch"])
     assert not np.array_equal(pixels(made[0]), pixels(made[1]))
 
 
@@ -185,6 +188,29 @@ def test_other_versions_are_named(generate, tiny_folder, tmp_path, out, capsys):
     assert "torch 1.0 (now " in capsys.readouterr().err
 
 
+def test_the_best_device_and_its_dtype(monkeypatch):
+    for name, value in {"is_available": True, "device_count": 2, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert choose_device(None) == "cuda"
+    assert choose_device("cuda:1") == "cuda:1"
+    assert choose_device("cpu") == "cpu"
+    with pytest.raises(GuidanceError, match="found 'cuda:2'"):
+        choose_device("cuda:2")
+    assert choose_dtype("owner/model", "cuda:1") == "bfloat16"
+    assert choose_dtype("owner/model", "cpu") == "float32"
+    assert choose_dtype("scenes-unet", "cuda") == "float32"
+
+
+def test_warnings_are_one_line_each_and_once(tiny_folder, out, capsys):
+    idle = ["--method", "interval", "--set", "low=0.01", "--set", "high=0.02"]
+    options = ["--model", tiny_folder, "--steps", "2", "--out", str(out), "-n", "2"]
+    assert main(["generate", "a moon", *idle, *options]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("guidancekit: warning: CFG(scale=Interval(")
+    assert "guides none of the 2 steps" in error
+    assert error.count("\n") == 1
+
+
 def test_ctrl_c_keeps_the_finished_pictures(tiny_folder, out, capsys, monkeypatch):
     run, calls = guidancekit.generate.run, []
 
@@ -237,14 +263,14 @@ def test_columns_start_from_the_same_noise(compare):
     assert np.array_equal(first, second)
     assert not np.array_equal(first, third)
     recipe = Recipe.from_json(json.dumps(table["pictures"][0]["recipe"]))
-    pipe = guidancekit.generate.load_pipeline(recipe)
+    pipe = load_pipeline(recipe)
     again = guidancekit.generate.run(pipe, recipe).image
     enlarged = again.resize((160, 160), Image.Resampling.LANCZOS)
     assert np.array_equal(np.asarray(enlarged), first)
 
 
 def test_scales_multiply_the_columns_that_follow_them(compare):
-    _, table = compare("a moon", "--methods", "cfg,apg(scale=3),cfg++", "--scales", "1,2.5,6")
+    _, table = compare("a moon", "--methods", "cfg,apg(scale=3),cfg++,fdg", "--scales", "1,2.5,6")
     columns = [(c["guidance"], c["guidance_scale"]) for c in table["columns"]]
     assert columns == [
         ("CFG(scale=1.0)", None),
@@ -254,15 +280,33 @@ def test_scales_multiply_the_columns_that_follow_them(compare):
         ("CFGPlusPlus(scale=1.0)", None),
         ("CFGPlusPlus()", 2.5),
         ("CFGPlusPlus()", 6),
+        ("FDG()", 1),
+        ("FDG()", 2.5),
+        ("FDG()", 6),
     ]
     scales = [table["pictures"][c]["effective_scale"] for c in range(3)]
     assert scales == [[1] * STEPS, [2.5] * STEPS, [6] * STEPS]
-    assert table["pictures"][0]["evaluations"] == STEPS  # no guidance, no unconditional pass
+    for column in (0, 7):  # no guidance, no unconditional pass
+        assert table["pictures"][column]["evaluations"] == STEPS
 
 
-def test_all_methods(compare):
-    _, table = compare("a moon", "--methods", "all")
-    assert [column["method"] for column in table["columns"]] == list(methods())
+def test_all_methods_are_shown_or_left_out_with_the_reason(compare):
+    grid, table = compare("a moon", "a star", "--methods", "apg,all")
+    names = [column["method"] for column in table["columns"]]
+    assert names == ["apg", *(name for name in methods() if name != "apg")]
+    left_out = [c for c, column in enumerate(table["columns"]) if column["left_out"]]
+    assert {names[c] for c in left_out}.isdisjoint({"cfg", "apg", "cfg++", "fdg"})
+    cells = {(picture["row"], picture["column"]) for picture in table["pictures"]}
+    assert cells == {(r, c) for r in (0, 1) for c in range(len(names)) if c not in left_out}
+    shown = len(names) - len(left_out)
+    assert grid.width == 2 * 28 + 190 + shown * (160 + 12) - 12
+
+
+def test_a_method_that_was_asked_for_is_never_left_out(tiny_folder, out, capsys):
+    options = ["--scheduler", "heun", "--model", tiny_folder, "--out", str(out / "grid.png")]
+    assert main(["compare", "a moon", "--methods", "cfg++,all", *options]) == 2
+    assert "CFGPlusPlus" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_several_models_are_rows(compare, tmp_path):
@@ -313,7 +357,7 @@ def test_methods_explains_each(name, capsys):
     assert main(["methods", name]) == 0
     output = capsys.readouterr().out
     cls = {**methods(), **schedules()}[name]
-    for parameter in guidancekit.generate.parameters(cls):
+    for parameter in parameters(cls):
         assert f"\n  {parameter.name} (" in output
     for preset in getattr(cls, "presets", {}).values():
         assert preset.source in output
@@ -330,7 +374,7 @@ BAD_INPUT = [
     ("generate", ["a", "--steps", "many"], "--steps"),
     ("generate", ["a", "-n", "0"], "-n: found 0, expected at least 1"),
     ("generate", ["a", "--seed", "-1"], "seed: found -1"),
-    ("generate", ["a", "--method", "agp"], "did you mean apg"),
+    ("generate", ["a", "--method", "apgg"], "did you mean apg"),
     ("generate", ["a", "--method", "apg(eta=2)"], "eta"),
     ("generate", ["a", "--method", "cfg(__import__('os'))"], "no method '__import__'"),
     ("generate", ["a", "--method", "apg", "--set", "eta=2"], "APG(eta=...): found 2"),
@@ -343,9 +387,9 @@ BAD_INPUT = [
     ("generate", ["a", "--scale", "nan"], "scale"),
     ("generate", ["a", "--scale", "inf"], "guidance_scale: found inf, expected a finite number"),
     ("generate", ["a", "--scale", "-1"], "scale"),
-    ("generate", ["a", "--method", "fdg", "--scale", "1"], "fdg has no parameter 'scale'"),
-    ("generate", ["a", "--method", "apg(eta=1)", "--scale", "1"], "expected more than 1"),
-    ("generate", ["a", "--method", "apg(scale=3)", "--scale", "5"], "has a scale of its own"),
+    ("generate", ["a", "--method", "fdg", "--scale", "0.5"], "FDG() cannot take it"),
+    ("generate", ["a", "--method", "apg(eta=1)", "--scale", "0.5"], "APG(eta=1) cannot take it"),
+    ("generate", ["a", "--method", "apg(scale=3)", "--scale", "5"], "APG(scale=3) cannot take it"),
     ("generate", ["a", "--scheduler", "eular"], "there is no scheduler 'eular'. There are: ddim"),
     ("generate", ["a", "--scheduler", "flow-euler"], "does not fit a model made for DDIMScheduler"),
     ("generate", ["a", "--device", "cuda:99"], "device: found 'cuda:99'"),
@@ -363,7 +407,7 @@ BAD_INPUT = [
         "CFGPlusPlus",
     ),
     ("compare", [], "there is no prompt"),
-    ("compare", ["a", "--methods", "cfg,agp"], "did you mean apg"),
+    ("compare", ["a", "--methods", "cfg,apgg"], "did you mean apg"),
     ("compare", ["a", "--methods", ","], "there is no method to compare"),
     ("compare", ["a", "--seeds", "1,x"], "--seeds"),
     ("compare", ["a", "--seeds", "-3"], "seed: found -3"),
@@ -437,7 +481,9 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path, capsys):
         {"surprise": 1},
     ],
 )
-def test_a_forged_recipe_is_refused(changes, tiny_folder, tmp_path, out, capsys):
+def test_a_forged_recipe_is_refused(changes, tiny_folder, tmp_path, out, capsys, monkeypatch):
+    if "model" not in changes:  # before any model is loaded
+        monkeypatch.delattr(guidancekit.loading, "load_pipeline")
     values = {"prompt": "a moon", "model": tiny_folder, "steps": 2, **changes}
     chunks = PngInfo()
     chunks.add_text(CHUNK, json.dumps(values))

@@ -56,9 +56,33 @@ def test_labels_never_touch_the_pictures():
     box = _boxes(full)["red"]
     assert (box[2] - box[0], box[3] - box[1]) == (192, 192)
     assert full.crop(box).getcolors() == bare.crop(_boxes(bare)["red"]).getcolors()
-    # The text of the row label may be taller than the picture: nothing is cut off at the bottom.
-    margin = full.crop((0, full.height - 20, full.width, full.height))
-    assert margin.getcolors() == [(20 * full.width, ImageColor.getrgb(PAPER))]
+
+
+def test_row_labels_taller_than_their_pictures_make_room():
+    words = "supercalifragilisticexpialidocious " * 12
+    pictures = [[Image.new("RGB", (64, 64), colour)] for colour in ("red", "blue")]
+    sheet = draw_grid(pictures, [Label(words), Label(words)], [Label("cfg")])
+    second_row = _boxes(sheet)["blue"][1]
+    assert second_row - _boxes(sheet)["red"][1] > 192 + 12
+    for bottom in (second_row - 1, sheet.height):  # between the rows, and below the last
+        strip = sheet.crop((0, bottom - 8, sheet.width, bottom))
+        assert strip.getcolors() == [(8 * sheet.width, ImageColor.getrgb(PAPER))]
+
+
+def test_feet_of_the_columns_are_in_line():
+    pictures = [[Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]]
+    bare = draw_grid(pictures, [Label("")], [Label("a", ("b", "c")), Label("d")])
+    feet = draw_grid(
+        pictures, [Label("")], [Label("a", ("b", "c"), "foot"), Label("d", (), "foot")]
+    )
+    left, right = (_boxes(feet)[colour][0] for colour in ("red", "blue"))
+    assert feet.height > bare.height
+    words = [feet.crop((x, 0, x + 192, _boxes(feet)["red"][1])) for x in (left, right)]
+    height = words[0].height
+    assert words[0].crop((0, height - 30, 192, height)).getcolors() != [(30 * 192, (255,) * 3)]
+    assert words[0].crop((0, height - 30, 192, height)) == words[1].crop(
+        (0, height - 30, 192, height)
+    )
 
 
 def test_wrong_shapes_are_refused():

@@ -1,4 +1,4 @@
-"""Tiny, random, real Diffusers pipelines: the networks of SD and SDXL at the size of a test.
+"""Tiny, random, real Diffusers pipelines: the networks of SD, SDXL and SD3, the size of a test.
 
 The weights mean nothing; what a test needs of them is that the conditional and the unconditional
 prediction differ, that a run takes milliseconds, and that the same seed builds the same network.
@@ -12,6 +12,9 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -151,3 +154,47 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """A random Stable Diffusion 3 pipeline (joint attention, flow matching), without text encoders.
+
+    Call it with the embeddings of `sd3_prompt`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=LATENT_SIZE,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            joint_attention_dim=TEXT_WIDTH,
+            caption_projection_dim=16,
+            pooled_projection_dim=TEXT_WIDTH,
+            pos_embed_max_size=32,
+        ).eval()
+        pipe = StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_autoencoder().eval(),
+            **{f"text_encoder{i}": None for i in ("", "_2", "_3")},
+            **{f"tokenizer{i}": None for i in ("", "_2", "_3")},
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd3_prompt(count: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random prompt embeddings for `tiny_sd3`, another prompt per sample; the negative is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randn(count, 5, TEXT_WIDTH, generator=generator)
+    pooled = torch.randn(count, TEXT_WIDTH, generator=generator)
+    return {
+        "prompt_embeds": prompt,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": torch.zeros_like(prompt),
+        "negative_pooled_prompt_embeds": torch.zeros_like(pooled),
+    }

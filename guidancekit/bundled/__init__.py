@@ -21,4 +21,4 @@ def load(name: str = "scenes-unet", **kwargs: Any) -> Any:
     """Load an embedded model with `DiffusionPipeline.from_pretrained`, which gets `kwargs`."""
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(path(name), **kwargs)
+    return DiffusionPipeline.from_pretrained(str(path(name)), **kwargs)

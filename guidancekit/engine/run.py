@@ -36,6 +36,34 @@ def denoiser(pipe: Any) -> Any:
     )
 
 
+@torch.no_grad()
+def decode(pipe: Any, x0: Tensor) -> Tensor:
+    """Images [n, 3, H, W] in [0, 1], float32, of clean latents [n, C, h, w]."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None or x0.ndim != 4:
+        raise GuidanceError(
+            f"{type(pipe).__name__} cannot decode latents of shape {list(x0.shape)} here: that "
+            "takes an image autoencoder (pipe.vae) and latents [n, C, h, w]. Judge latents instead."
+        )
+    config = vae.config
+    latents = x0 / config.scaling_factor
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        std, mean = (
+            torch.tensor(config[name], device=x0.device).view(1, -1, 1, 1)
+            for name in ("latents_std", "latents_mean")
+        )
+        latents = latents * std + mean
+    latents = latents + (config.get("shift_factor") or 0.0)
+    dtype = vae.dtype
+    overflows = dtype == torch.float16 and config.get("force_upcast", False)
+    if overflows:  # SDXL's
+        vae.to(torch.float32)
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    if overflows:
+        vae.to(dtype)
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
 class Run:
     """One call of the pipeline: the state, the position and the report."""
 
@@ -217,8 +245,12 @@ class Run:
             grid = self.moments[0].grid
             if grid:
                 message += f", whose noise levels fall from {grid[0]:.3g} to {grid[-2]:.3g}"
-            self.report.warnings.append(f"{message}.")
-            warnings.warn(f"{message}.", stacklevel=2)
+            self._warn(f"{message}.")
+
+    def _warn(self, message: str) -> None:
+        if message not in self.report.warnings:
+            self.report.warnings.append(message)
+            warnings.warn(message, stacklevel=2)
 
     # --- one evaluation -------------------------------------------------------------------------
 
@@ -247,6 +279,8 @@ class Run:
             around=functools.partial(around, self._denoiser),
             rows=lambda branch, count: rows_of(self.evaluating, branch, count),
             encode=self._encode,
+            warn=self._warn,
+            decode=functools.partial(decode, self.pipe),
             needed=(),
             evaluated={},
         )

@@ -8,7 +8,7 @@ from .. import schedules
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale, Interval, scale_at
-from ..step import Prediction, Step
+from ..step import BOTH, COND, UNCOND, Branch, Moment, Prediction, Step
 from ..tensors import match_std
 
 _INTERVAL_PAPER = "arXiv:2404.07724 Table 1 and Sec. 4"
@@ -42,6 +42,9 @@ class CFG(ClassifierFree):
     ) -> None:
         self.scale = schedules.from_config(scale)
         self.rescale = rescale
+
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
+        return {0.0: UNCOND, 1.0: COND}.get(scale_at(self.scale, moment), BOTH)
 
     def guide(self, step: Step, state: State) -> Prediction:
         w = scale_at(self.scale, step)

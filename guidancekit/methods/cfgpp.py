@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -18,7 +17,32 @@ from ..schedules import Schedule, scale_at
 from ..step import Moment, Prediction, Step
 
 
-class CFGPlusPlus(Guidance):
+class Renoising(Guidance):
+    """Denoise with guidance, re-noise without: what CFG++ and the annealed scale share.
+
+    The scheduler steps on the unconditional prediction; then the clean estimate moves by
+    lambda (x0_cond - x0_uncond) at fixed noise. Subclasses say what lambda is.
+    """
+
+    edits_latents = True
+
+    def strength_at(self, step: Step) -> Tensor | float:
+        """Lambda: a number, or one per sample [B, 1, ...]."""
+        raise NotImplementedError
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        return step.uncond
+
+    def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
+        return step.shift_next(latents, self.strength_at(step) * (step.cond.x0 - step.uncond.x0))
+
+    def effective_scale(self, step: Step, guided: Prediction, state: State) -> Tensor | float:
+        """The CFG scale that a first-order deterministic step would need for the same result."""
+        scale = self.strength_at(step) * gains(step.grid)[step.index]
+        return scale.flatten() if isinstance(scale, Tensor) else scale
+
+
+class CFGPlusPlus(Renoising):
     """CFG++: denoise with guidance, re-noise without it, arXiv:2406.08070 Algorithm 1.
 
     The solver steps on the unconditional prediction; then the clean estimate moves by
@@ -34,7 +58,6 @@ class CFGPlusPlus(Guidance):
 
     name = "cfg++"
     paper = "arXiv:2406.08070"
-    edits_latents = True
     presets = {
         "sd15": Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps"),
         "sdxl": Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps"),
@@ -59,22 +82,17 @@ class CFGPlusPlus(Guidance):
             return scale_at(self.scale, step)
         return scale_at(self.scale, step) / typical_gain(step.grid)
 
+    def strength_at(self, step: Step) -> float:
+        return self.lam(step)
+
     def guide(self, step: Step, state: State) -> Prediction:
         if step.index == 0 and self.lam(step) * typical_gain(step.grid) > 40:
-            warnings.warn(
+            step.warn(
                 f"{self!r}: lambda = {self.lam(step):g} is as strong as a CFG scale of "
                 f"{self.lam(step) * typical_gain(step.grid):.0f} over {step.total} steps. "
-                'For CFG scales write CFGPlusPlus(scale, strength="equivalent_cfg").',
-                stacklevel=2,
+                'For CFG scales write CFGPlusPlus(scale, strength="equivalent_cfg").'
             )
         return step.uncond
-
-    def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
-        return step.shift_next(latents, self.lam(step) * (step.cond.x0 - step.uncond.x0))
-
-    def effective_scale(self, step: Step, guided: Prediction, state: State) -> float:
-        """The CFG scale that a first-order deterministic step would need for the same result."""
-        return self.lam(step) * gains(step.grid)[step.index]
 
 
 def gains(grid: tuple[float, ...]) -> list[float]:
