@@ -18,12 +18,13 @@ __version__ = "0.1.0"
 def _exports() -> dict[str, Any]:
     """The public names. Loaded on first use: importing torch and diffusers takes seconds."""
     from .guidance import Guidance, Preset, Sum
+    from .heads import InternalHead
     from .registry import methods, parse, schedules
     from .schedules import Schedule
     from .step import Moment, Prediction, Step
 
     strategies = (*methods().values(), *schedules().values())
-    library = (Guidance, Preset, Sum, Moment, Prediction, Step, Schedule, parse)
+    library = (Guidance, Preset, Sum, Moment, Prediction, Step, Schedule, InternalHead, parse)
     return {each.__name__: each for each in (*library, *strategies)}
 
 

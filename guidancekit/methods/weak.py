@@ -1,0 +1,33 @@
+"""What ICG, TSG and AutoGuidance share: away from a weaker prediction of the same thing."""
+
+from __future__ import annotations
+
+from ..guidance import Guidance, State
+from ..schedules import Scale, scale_at
+from ..step import COND, Branch, Moment, Prediction, Step
+
+
+class WeakBranch(Guidance):
+    """weak + w (cond - weak), both at the same x_t: free of the space; w = 1 is no guidance.
+
+    Subclasses evaluate the weaker prediction in `weak`. No unconditional pass is needed.
+    """
+
+    scale: Scale
+
+    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
+        return COND
+
+    def acts(self, moment: Moment, state: State) -> bool:
+        return scale_at(self.scale, moment) != 1
+
+    def guide(self, step: Step, state: State) -> Prediction:
+        if not self.acts(step, state):
+            return step.cond
+        w = scale_at(self.scale, step)
+        cond, weak = step.cond.out, self.weak(step, state).out
+        return step.predict(out=weak + w * (cond - weak))
+
+    def weak(self, step: Step, state: State) -> Prediction:
+        """The weaker prediction, of the network's own kind."""
+        raise NotImplementedError
