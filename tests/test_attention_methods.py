@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
-from tiny import sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny import latents_of, sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
 
 from guidancekit import CFG, NAG, NASA, PAG, SAG, SEG, SLG, BlurGuidance, GuidanceError
 from guidancekit.methods.sag import gaussian_blur, received
@@ -25,14 +26,7 @@ STEPS = 4
 ALL = [SAG(), BlurGuidance(), PAG(), SEG(), SEG(blur_sigma=1.0), SLG(start=0.0, end=1.0)]
 
 
-def call(pipe, guidance_scale=5.0, **options):
-    options = {"prompt": "a red star", "num_inference_steps": STEPS, **options}
-    return pipe(
-        **options,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-    ).images
+call = partial(latents_of, steps=STEPS)
 
 
 def as_pipeline(cls, pipe, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 from steps import make_step, random_triple
-from tiny import TEXT_WIDTH, sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny import TEXT_WIDTH, latents_of, sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
 
 from guidancekit import (
     APG,
@@ -41,14 +42,7 @@ MAKERS = [pytest.param(shared_sd, id="sd"), pytest.param(shared_sdxl, id="sdxl")
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 
 
-def call(pipe, guidance_scale=5.0, **options):
-    options = {"prompt": "a red star", "num_inference_steps": STEPS, **options}
-    return pipe(
-        **options,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-    ).images
+call = partial(latents_of, steps=STEPS)
 
 
 def guided(pipe, guidance, guidance_scale=5.0, **options):

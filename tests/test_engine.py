@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 
 import diffusers
 import pytest
@@ -21,7 +22,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
-from tiny import tiny_sd, tiny_sdxl
+from tiny import latents_of, tiny_sd, tiny_sdxl
 
 from guidancekit import (
     APG,
@@ -40,14 +41,7 @@ STEPS = 5
 MAKERS = [pytest.param(tiny_sd, id="sd"), pytest.param(tiny_sdxl, id="sdxl")]
 
 
-def call(pipe, guidance_scale=5.0, seed=0, **options):
-    options = {"prompt": "a red star", "num_inference_steps": STEPS, **options}
-    return pipe(
-        **options,
-        guidance_scale=guidance_scale,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(seed),
-    ).images
+call = partial(latents_of, steps=STEPS)
 
 
 def snapshot(pipe):

@@ -198,3 +198,13 @@ def sd3_prompt(count: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
         "negative_prompt_embeds": torch.zeros_like(prompt),
         "negative_pooled_prompt_embeds": torch.zeros_like(pooled),
     }
+
+
+def latents_of(pipe, guidance_scale=5.0, seed=0, steps=4, **options) -> torch.Tensor:
+    """The latents that one call of a tiny pipeline ends with, [n, 4, 8, 8]."""
+    return pipe(
+        **{"prompt": "a red star", "num_inference_steps": steps, **options},
+        guidance_scale=guidance_scale,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+    ).images

@@ -55,11 +55,12 @@ def decode(pipe: Any, x0: Tensor) -> Tensor:
         latents = latents * std + mean
     latents = latents + (config.get("shift_factor") or 0.0)
     dtype = vae.dtype
-    overflows = dtype == torch.float16 and config.get("force_upcast", False)
-    if overflows:  # SDXL's
-        vae.to(torch.float32)
-    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    if overflows:
+    overflows = dtype == torch.float16 and config.get("force_upcast", False)  # SDXL's
+    try:
+        if overflows:
+            vae.to(torch.float32)
+        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    finally:
         vae.to(dtype)
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
