@@ -1,0 +1,264 @@
+"""Trains the three models of the scenes sample, each within a wall-clock budget.
+
+Run it as::
+
+    python -m samples.scenes.train autoencoder --minutes 25
+    python -m samples.scenes.train recogniser --minutes 8
+    python -m samples.scenes.train unet --minutes 90
+
+A run that was interrupted goes on from its checkpoint in `--folder` when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import kept_pool, render_pool
+from .models import Denoiser, autoencoder, fold_normalisation, scheduler, tokenizer
+from .recogniser import ABSENT, HEADS, Recogniser, targets
+from .training import averaged_weights, fit
+from .world import Scene, caption
+
+RUNS = Path("samples/out/scenes")  # checkpoints
+TRAIN_SEED, CHECK_SEED = 1, 2
+CHECK_COUNT = 512
+EMPTY = 0.1  # captions replaced by "": what classifier-free guidance extrapolates from
+POOL = 80_000  # scenes to learn from
+UNKNOWN = 0.01  # words replaced by the unknown token, so that it has a meaning
+LATE = 550  # the timestep from which on the noise hides what the picture shows
+BATCH = 128  # for the U-Net: on a CPU, small batches are mostly overhead
+
+
+def to_tensor(pictures: np.ndarray, device: str = "cpu") -> Tensor:
+    """uint8 (n, 64, 64, 3) to float (n, 3, 64, 64) in [-1, 1], laid out channels last."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB, for values in [-1, 1]."""
+    error = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean(dim=(1, 2, 3)) / 4
+    return float((-10 * error.log10()).mean())
+
+
+def train_autoencoder(folder: Path, minutes: float, device: str) -> None:
+    """L1 on pixels and on their differences; noise on the latents makes the decoder forgiving.
+
+    L1 alone is content to draw a black background in dark green; a squared error of the picture
+    at an eighth of its size is not.
+
+    A small penalty keeps the latents near zero mean and unit deviation per channel; what is left
+    is folded into the encoder's last convolution at export.
+    """
+    _, pictures = render_pool(30_000, TRAIN_SEED)
+    fresh = to_tensor(render_pool(CHECK_COUNT, CHECK_SEED)[1], device)
+
+    def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
+        x = to_tensor(pictures[rng.integers(len(pictures), size=16)], device)
+        z = model.encoder(x).float()
+        y = model.decoder(z + 0.05 * torch.randn_like(z)).float()
+        error = y - x
+        variance, mean = torch.var_mean(z, dim=(0, 2, 3))
+        return {
+            "pixels": error.abs().mean(),
+            "edges": error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean(),
+            "colours": 10 * F.avg_pool2d(error, 8).square().mean(),
+            "spread": 0.02 * (mean.square() + (variance.sqrt() - 1).square()).mean(),
+        }
+
+    @torch.no_grad()
+    def check(model: nn.Module) -> dict[str, float]:
+        z = model.encoder(fresh)
+        spread = z.std(dim=(0, 2, 3))
+        return {
+            "psnr": psnr(model.decoder(z), fresh),
+            "least std": float(spread.min()),
+            "most std": float(spread.max()),
+        }
+
+    fit(
+        autoencoder(),
+        loss,
+        folder / "autoencoder.pt",
+        minutes=minutes,
+        rate=3e-3,
+        decay=0.5,
+        device=device,
+        check=check,
+    )
+
+
+def degrade(pictures: Tensor, vae: nn.Module, rng: np.random.Generator) -> Tensor:
+    """What a recogniser has to see through: decoded, blurred and noisy pictures, wrong exposure.
+
+    A quarter of the batch goes through the autoencoder with noisy latents, a quarter is blurred;
+    all get some noise, brightness and contrast.
+    """
+    n = len(pictures) // 4
+    x = pictures.clone()
+    z = vae.encoder(x[:n])
+    x[:n] = vae.decoder(z + rng.uniform(0, 0.35) * torch.randn_like(z)).float().clamp(-1, 1)
+    x[n : 2 * n] += rng.uniform(0, 1) * (F.avg_pool2d(x[n : 2 * n], 3, 1, 1) - x[n : 2 * n])
+    level, gain, shift = torch.rand(3, len(x), 1, 1, 1, device=x.device)
+    x = x * (0.92 + 0.16 * gain) + 0.08 * (shift - 0.5)
+    return x + 0.08 * level.square() * torch.randn_like(x)
+
+
+def train_recogniser(folder: Path, minutes: float, device: str) -> None:
+    """Cross-entropy per attribute, on degraded pictures."""
+    vae = load_autoencoder(folder, device)
+    scenes, pictures = kept_pool(folder, POOL, TRAIN_SEED)
+    answers = targets(scenes)
+    fresh_scenes, fresh_pictures = render_pool(3 * CHECK_COUNT, CHECK_SEED)
+    fresh, fresh_answers = to_tensor(fresh_pictures, device), targets(fresh_scenes)
+
+    def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
+        chosen = rng.integers(len(pictures), size=128)
+        with torch.no_grad():
+            x = degrade(to_tensor(pictures[chosen], device), vae, rng)
+        logits = model(x)
+        return {
+            head: F.cross_entropy(logits[head].float(), answers[head][chosen].to(device))
+            for head in HEADS
+        }
+
+    @torch.no_grad()
+    def check(model: nn.Module) -> dict[str, float]:
+        figures = {}
+        for kind in ("", " decoded"):
+            parts = fresh.split(64)  # small ones: full resolution features are large
+            if kind:
+                parts = [vae.decoder(vae.encoder(x)) for x in parts]
+            found = [model(x) for x in parts]
+            for head in HEADS:
+                known = fresh_answers[head] != ABSENT
+                seen = torch.cat([logits[head].argmax(1) for logits in found]).cpu()
+                right = seen[known] == fresh_answers[head][known]
+                figures[head + kind] = float(right.float().mean())
+        return figures
+
+    fit(
+        Recogniser(),
+        loss,
+        folder / "recogniser.pt",
+        minutes=minutes,
+        rate=2e-3,
+        decay=0.6,
+        device=device,
+        check=check,
+    )
+
+
+def train_unet(folder: Path, minutes: float, device: str, compiled: bool = False) -> None:
+    """Predict the velocity of noisy latents from them, the timestep and a caption."""
+    words = tokenizer()
+    alphas = scheduler().alphas_cumprod.to(device)
+    scenes, latents = latent_pool(folder, device)
+    latents = latents.to(device)
+    fixed = np.arange(len(scenes) - CHECK_COUNT, len(scenes))  # the last ones are for checks
+
+    def tokens(chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
+        texts = [caption(scenes[i], rng, "train") if rng.random() >= EMPTY else "" for i in chosen]
+        ids = words(texts, padding="max_length", return_tensors="pt").input_ids
+        lost = torch.from_numpy(rng.random(ids.shape) < UNKNOWN) & (ids > words.unk_token_id)
+        return ids.masked_fill(lost, words.unk_token_id).to(device)
+
+    def denoising_error(model: nn.Module, chosen, times, noise, ids) -> Tensor:
+        x = latents[chosen].float().contiguous(memory_format=torch.channels_last)
+        signal = alphas[times][:, None, None, None]
+        noisy = signal.sqrt() * x + (1 - signal).sqrt() * noise
+        velocity = signal.sqrt() * noise - (1 - signal).sqrt() * x
+        return F.mse_loss(model(noisy, times, ids).float(), velocity)
+
+    def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
+        chosen = rng.integers(len(scenes) - CHECK_COUNT, size=BATCH)
+        # More of the noisiest times, where the caption is all there is to go by.
+        times = torch.randint(len(alphas), (len(chosen),), device=device)
+        late = torch.randint(LATE, len(alphas), (len(chosen),), device=device)
+        times = torch.where(torch.rand(len(chosen), device=device) < 0.6, late, times)
+        noise = torch.randn(len(chosen), *latents.shape[1:], device=device)
+        return {"velocity": denoising_error(model, chosen, times, noise, tokens(chosen, rng))}
+
+    @torch.no_grad()
+    def check(model: nn.Module) -> dict[str, float]:
+        fixed_draws = torch.Generator().manual_seed(0)
+        times = torch.linspace(0, len(alphas) - 1, len(fixed)).long().to(device)
+        noise = torch.randn(len(fixed), *latents.shape[1:], generator=fixed_draws).to(device)
+        ids = tokens(fixed, np.random.default_rng(0))
+        return {"fresh velocity": float(denoising_error(model, fixed, times, noise, ids))}
+
+    model = Denoiser(len(words))
+    # Over this few positions, the backward pass of fused attention is the slower one by far.
+    model.unet.set_attn_processor(AttnProcessor())
+    model.text_encoder.set_attn_implementation("eager")
+    if compiled:
+        model.unet.compile()
+    fit(
+        model,
+        loss,
+        folder / "unet.pt",
+        minutes=minutes,
+        rate=1.2e-3,
+        average=0.995,
+        faster=lambda name: "attn2" in name or name.startswith("text_encoder"),
+        decay=0.4,
+        device=device,
+        check=check,
+    )
+
+
+@torch.no_grad()
+def load_autoencoder(folder: Path, device: str = "cpu") -> AutoencoderTiny:
+    """The trained autoencoder, its latents normalised per channel over fresh scenes."""
+    vae = autoencoder().eval().requires_grad_(False)
+    vae.load_state_dict(averaged_weights(folder / "autoencoder.pt"))
+    pictures = to_tensor(render_pool(2000, CHECK_SEED)[1])
+    latents = torch.cat([vae.encoder(part) for part in pictures.split(250)])
+    fold_normalisation(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    return vae.to(device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def latent_pool(folder: Path, device: str) -> tuple[list[Scene], Tensor]:
+    """Scenes and their latents, float16 of shape (POOL, 8, 16, 16); made once, then read back."""
+    path = folder / "latents.pt"
+    if not path.exists():
+        vae = load_autoencoder(folder, device)
+        scenes, pictures = kept_pool(folder, POOL, TRAIN_SEED)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            parts = [
+                vae.encoder(to_tensor(pictures[i : i + 50], device)).half().cpu()
+                for i in range(0, POOL, 50)
+            ]
+        torch.save((scenes, torch.cat(parts)), path)
+    return torch.load(path, weights_only=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("autoencoder", "recogniser", "unet"))
+    parser.add_argument("--minutes", type=float, required=True, help="wall-clock budget")
+    parser.add_argument("--folder", type=Path, default=RUNS, help="checkpoints")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="fuse the U-Net's operations first (takes minutes)"
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.model == "autoencoder":
+        train_autoencoder(args.folder, args.minutes, args.device)
+    elif args.model == "recogniser":
+        train_recogniser(args.folder, args.minutes, args.device)
+    else:
+        train_unet(args.folder, args.minutes, args.device, args.compile)
+
+
+if __name__ == "__main__":
+    main()

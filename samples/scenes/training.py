@@ -1,0 +1,135 @@
+"""The training loop all three models share: a wall-clock budget, an average, checkpoints, a log."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WARMUP_STEPS = 200
+LOG_SECONDS = 20
+SAVE_SECONDS = 240
+
+
+def learning_rate(step: int, spent: float, decay: float) -> float:
+    """The rate as a fraction of its peak: warm-up by steps, constant, then linearly down to 0.
+
+    `spent` is the part of the time budget that is used up, so the final descent is complete
+    however fast the machine was; `decay` is the part of the budget the descent takes.
+    """
+    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.0, (1 - spent) / decay))
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[nn.Module, np.random.Generator], dict[str, Tensor]],
+    path: Path,
+    *,
+    minutes: float,
+    rate: float,
+    decay: float = 0.35,
+    average: float = 0.999,
+    device: str = "cpu",
+    check: Callable[[nn.Module], dict[str, float]] | None = None,
+    faster: Callable[[str], bool] | None = None,
+) -> nn.Module:
+    """Train for a wall-clock budget and return the exponential moving average of the weights.
+
+    `loss` draws a batch and returns named terms; their sum is minimised, under bfloat16 autocast.
+    `faster` names the parameters that learn at three times the rate.
+    `check` measures the averaged model and runs with every checkpoint. When `path` exists, the
+    run goes on from there with its optimiser, averages, random states and time spent.
+    """
+    model = model.to(device, memory_format=torch.channels_last).train()
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    chosen: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        chosen[faster is not None and faster(name)].append(parameter)
+    optimiser = torch.optim.AdamW(
+        [{"params": chosen[False], "pace": 1}, {"params": chosen[True], "pace": 3}],
+        lr=rate,
+        weight_decay=1e-4,
+    )
+    rng = np.random.default_rng(0)
+    step, before = 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=False)
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        optimiser.load_state_dict(state["optimiser"])
+        rng.bit_generator.state = state["rng"]
+        torch.set_rng_state(state["torch_rng"].cpu())
+        step, before = state["step"], state["seconds"]
+        print(f"resumed at step {step}, {before / 60:.1f} minutes in", flush=True)
+
+    start = logged = saved = time.monotonic()
+    sums: dict[str, float] = {}
+    count = 0
+    while True:
+        now = time.monotonic()
+        seconds = before + now - start
+        spent = seconds / (60 * minutes)
+        finished = spent >= 1
+        if count and (finished or now - logged > LOG_SECONDS):
+            terms = "  ".join(f"{name} {value / count:.4f}" for name, value in sums.items())
+            print(
+                f"{seconds / 60:6.1f} min  step {step:6d}  {(now - logged) / count:.3f} s/step  "
+                f"rate {optimiser.param_groups[0]['lr']:.1e}  {terms}",
+                flush=True,
+            )
+            logged, sums, count = now, {}, 0
+        if finished or now - saved > SAVE_SECONDS:
+            if check:
+                figures = check(averaged)
+                print("   ", "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
+            _save(path, model, averaged, optimiser, rng, step, seconds)
+            saved = time.monotonic()
+        if finished:
+            return averaged
+
+        for group in optimiser.param_groups:
+            group["lr"] = rate * group["pace"] * learning_rate(step, spent, decay)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            terms = loss(model, rng)
+        optimiser.zero_grad()
+        sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        keep = min(average, step / (step + 10))  # follow closely at first
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - keep)
+            for mean, value in zip(averaged.buffers(), model.buffers(), strict=True):
+                mean.copy_(value)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        count += 1
+
+
+def _save(path, model, averaged, optimiser, rng, step, seconds) -> None:
+    """Write a checkpoint; an interrupted write leaves the previous one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "averaged": averaged.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "rng": rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            "step": step,
+            "seconds": seconds,
+        },
+        part,
+    )
+    part.replace(path)
+
+
+def averaged_weights(path: Path) -> dict[str, Tensor]:
+    """The averaged weights in a checkpoint; FileNotFoundError when it is not there."""
+    return torch.load(path, map_location="cpu", weights_only=False)["averaged"]
