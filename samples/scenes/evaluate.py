@@ -9,6 +9,7 @@ scored by the recogniser; and the autoencoder's PSNR on fresh scenes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def held_out_captions(count: int, things: int, seed: int = SEED) -> list[str]:
     rng = np.random.default_rng((seed, things))
     captions: dict[str, None] = {}
     while len(captions) < count:
-        captions[caption(sample_scene(rng, things), rng, "held-out")] = None
+        with contextlib.suppress(ValueError):  # a scene without any held-out caption
+            captions[caption(sample_scene(rng, things), rng, "held-out")] = None
     return list(captions)
 
 

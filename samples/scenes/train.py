@@ -33,7 +33,6 @@ CHECK_COUNT = 512
 EMPTY = 0.1  # captions replaced by "": what classifier-free guidance extrapolates from
 POOL = 80_000  # scenes to learn from
 UNKNOWN = 0.01  # words replaced by the unknown token, so that it has a meaning
-LATE = 550  # the timestep from which on the noise hides what the picture shows
 BATCH = 128  # for the U-Net: on a CPU, small batches are mostly overhead
 
 
@@ -179,10 +178,7 @@ def train_unet(folder: Path, minutes: float, device: str, compiled: bool = False
 
     def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = rng.integers(len(scenes) - CHECK_COUNT, size=BATCH)
-        # More of the noisiest times, where the caption is all there is to go by.
         times = torch.randint(len(alphas), (len(chosen),), device=device)
-        late = torch.randint(LATE, len(alphas), (len(chosen),), device=device)
-        times = torch.where(torch.rand(len(chosen), device=device) < 0.6, late, times)
         noise = torch.randn(len(chosen), *latents.shape[1:], device=device)
         return {"velocity": denoising_error(model, chosen, times, noise, tokens(chosen, rng))}
 
@@ -206,8 +202,6 @@ def train_unet(folder: Path, minutes: float, device: str, compiled: bool = False
         folder / "unet.pt",
         minutes=minutes,
         rate=1.2e-3,
-        average=0.995,
-        faster=lambda name: "attn2" in name or name.startswith("text_encoder"),
         decay=0.4,
         device=device,
         check=check,

@@ -36,25 +36,16 @@ def fit(
     average: float = 0.999,
     device: str = "cpu",
     check: Callable[[nn.Module], dict[str, float]] | None = None,
-    faster: Callable[[str], bool] | None = None,
 ) -> nn.Module:
     """Train for a wall-clock budget and return the exponential moving average of the weights.
 
     `loss` draws a batch and returns named terms; their sum is minimised, under bfloat16 autocast.
-    `faster` names the parameters that learn at three times the rate.
     `check` measures the averaged model and runs with every checkpoint. When `path` exists, the
     run goes on from there with its optimiser, averages, random states and time spent.
     """
     model = model.to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    chosen: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        chosen[faster is not None and faster(name)].append(parameter)
-    optimiser = torch.optim.AdamW(
-        [{"params": chosen[False], "pace": 1}, {"params": chosen[True], "pace": 3}],
-        lr=rate,
-        weight_decay=1e-4,
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=True)
     rng = np.random.default_rng(0)
     step, before = 0, 0.0
     if path.exists():
@@ -93,7 +84,7 @@ def fit(
             return averaged
 
         for group in optimiser.param_groups:
-            group["lr"] = rate * group["pace"] * learning_rate(step, spent, decay)
+            group["lr"] = rate * learning_rate(step, spent, decay)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             terms = loss(model, rng)
         optimiser.zero_grad()

@@ -125,11 +125,13 @@ def caption(scene: Scene, rng: np.random.Generator, split: str | None = None) ->
 
     How much is named varies from caption to caption, from the bare nouns to everything. `split`
     "train" draws until the caption is not held out, "held-out" until it is; None takes any.
+    Raises ValueError for a scene none of whose captions is in the split, as far as 500 draws tell.
     """
-    while True:
+    for _ in range(500):
         text = _describe(scene, rng)
         if split is None or held_out(text) == (split == "held-out"):
             return text
+    raise ValueError(f"found no {split} caption for {write(scene)!r}: take another scene.")
 
 
 def write(scene: Scene) -> str:
