@@ -19,6 +19,13 @@ Branch = Literal["cond", "uncond"]
 COND: tuple[Branch, ...] = ("cond",)
 UNCOND: tuple[Branch, ...] = ("uncond",)
 BOTH: tuple[Branch, ...] = ("uncond", "cond")
+
+
+def branches_at(w: float) -> tuple[Branch, ...]:
+    """The branches that plain classifier-free guidance at scale w is made of."""
+    return {0.0: UNCOND, 1.0: COND}.get(w, BOTH)
+
+
 Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 

@@ -24,6 +24,11 @@ def norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
+def mean(a: Tensor) -> Tensor:
+    """Mean of each sample."""
+    return a.mean(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
 def std(a: Tensor) -> Tensor:
     """Standard deviation of each sample."""
     return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)

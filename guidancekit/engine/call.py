@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import GuidanceError
 from ..step import Branch
+from .layers import rows_of
 
 _CONDITIONS = ("encoder_hidden_states", "text_embeds", "pooled_projections", "class_labels")
 _SAMPLE_NAMES = ("sample", "hidden_states")
@@ -135,8 +136,7 @@ class Call:
                 f"The {branch} prediction is needed, but the pipeline was called without it: give "
                 "a guidance_scale above 1."
             )
-        start = self.branches.index(branch) * self.batch
-        return slice(start, start + self.batch)
+        return rows_of(self.branches, branch, self.rows)
 
     def _copy(self, args: Any = None, kwargs: Any = None) -> Call:
         copied = Call(

@@ -12,7 +12,7 @@ from ..guidance import Companion, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale
 from ..step import COND, Branch, Moment, Step
-from ..tensors import TINY, Noise, std
+from ..tensors import TINY, Noise, mean, std
 
 
 class CADS(Companion):
@@ -97,8 +97,3 @@ class CADS(Companion):
                 "conditioned on something else."
             )
         return step.x
-
-
-def mean(y: Tensor) -> Tensor:
-    """Mean of each sample."""
-    return y.mean(dim=tuple(range(1, y.ndim)), keepdim=True)

@@ -8,7 +8,7 @@ from .. import schedules
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale, Interval, scale_at
-from ..step import BOTH, COND, UNCOND, Branch, Moment, Prediction, Step
+from ..step import Branch, Moment, Prediction, Step, branches_at
 from ..tensors import match_std
 
 _INTERVAL_PAPER = "arXiv:2404.07724 Table 1 and Sec. 4"
@@ -44,7 +44,7 @@ class CFG(ClassifierFree):
         self.rescale = rescale
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
-        return {0.0: UNCOND, 1.0: COND}.get(scale_at(self.scale, moment), BOTH)
+        return branches_at(scale_at(self.scale, moment))
 
     def guide(self, step: Step, state: State) -> Prediction:
         w = scale_at(self.scale, step)

@@ -14,7 +14,7 @@ from ..guidance import ClassifierFree, State
 from ..parameters import Range
 from ..schedules import AnyScale, scale_at
 from ..scoring import Scorer, choose, relative_rise, score
-from ..step import BOTH, COND, UNCOND, Branch, Moment, Prediction, Step
+from ..step import BOTH, Branch, Moment, Prediction, Step, branches_at
 
 CANDIDATES = (1.0, 3.0, 7.5, 11.0, 15.0)
 
@@ -101,7 +101,7 @@ class FeedbackGuidance(ClassifierFree):
             )
         if self.scores_at(moment.index, moment.total) or hasattr(state, "w"):
             return BOTH
-        return {0.0: UNCOND, 1.0: COND}.get(self.default_at(moment), BOTH)
+        return branches_at(self.default_at(moment))
 
     def guide(self, step: Step, state: State) -> Prediction:
         if self.scores_at(step.index, step.total) and step.stage == 0:

@@ -14,7 +14,7 @@ from ..guidance import Guidance, Preset, State
 from ..heads import InternalHead, image_of
 from ..parameters import Range
 from ..schedules import AnyScale, Interval, Schedule, scale_at
-from ..step import BOTH, COND, UNCOND, Branch, Moment, Prediction, Step
+from ..step import BOTH, COND, Branch, Moment, Prediction, Step, branches_at
 
 _CODE = "arXiv:2512.24176, CVL-UESTC/Internal-Guidance"
 
@@ -60,7 +60,7 @@ class InternalGuidance(Guidance):
         self.cfg = schedules.from_config(cfg)
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
-        return {0.0: UNCOND, 1.0: COND}.get(scale_at(self.cfg, moment), BOTH)
+        return branches_at(scale_at(self.cfg, moment))
 
     def acts(self, moment: Moment, state: State) -> bool:
         return scale_at(self.scale, moment) != 1 or self.needs(moment, state) != COND
