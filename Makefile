@@ -9,11 +9,11 @@ LOWEST := .venv-lowest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-lowest clean
+.PHONY: help demo test lint format compatibility test-lowest clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
-		awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+		awk -F'|' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 # The stamps are touched last, so an installation that broke off is repeated.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -54,6 +54,9 @@ lint: $(VENV)/.installed-dev ## ruff and mypy only
 format: $(VENV)/.installed-dev ## rewrite the code in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+compatibility: $(VENV)/.installed-dev ## write the README's tables of what works with what
+	$(BIN)/python -m tests.compatibility --write README.md
 
 test-lowest: $(LOWEST)/.installed ## pytest with the oldest versions that pyproject.toml allows
 	$(LOWEST)/bin/pytest

@@ -17,14 +17,15 @@ __version__ = "0.1.0"
 @functools.cache
 def _exports() -> dict[str, Any]:
     """The public names. Loaded on first use: importing torch and diffusers takes seconds."""
-    from .guidance import Guidance, Preset, Sum
+    from .composition import COMPOSITIONS
+    from .guidance import Guidance, Preset
     from .heads import InternalHead
     from .registry import methods, parse, schedules
     from .schedules import Schedule
     from .step import Moment, Prediction, Step
 
-    strategies = (*methods().values(), *schedules().values())
-    library = (Guidance, Preset, Sum, Moment, Prediction, Step, Schedule, InternalHead, parse)
+    strategies = (*methods().values(), *schedules().values(), *COMPOSITIONS)
+    library = (Guidance, Preset, Moment, Prediction, Step, Schedule, InternalHead, parse)
     return {each.__name__: each for each in (*library, *strategies)}
 
 

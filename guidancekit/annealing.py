@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +17,17 @@ from torch import Tensor
 from .engine.run import denoiser
 from .errors import GuidanceError
 from .files import written_whole
+from .fitting import check_same_fit
+from .generate import refusals
 from .guidance import Guidance, State
 from .methods.annealing import AnnealingGuidance, ScaleNetwork, difference, divisor_for
 from .methods.cads import CADS
+from .pictures import Pictures, encode
+from .recipe import Recipe
 from .step import Branch, Moment, Prediction, Step
 from .tensors import norm
+
+SAVE_SECONDS = 60
 
 
 class AnnealingTrainer:
@@ -66,16 +74,7 @@ class AnnealingTrainer:
 
     def encode(self, image: Any) -> Tensor:
         """The clean latent [1, C, h, w] of a picture: an image, or a tensor [3, H, W] in [0, 1]."""
-        vae = self.pipe.vae
-        if isinstance(image, Tensor):
-            pixels = image[None] * 2 - 1
-        else:
-            pixels = self.pipe.image_processor.preprocess(image)
-        with torch.no_grad():
-            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        shift = vae.config.get("shift_factor") or 0.0
-        return (latents.float() - shift) * vae.config.scaling_factor
+        return encode(self.pipe, image)
 
     def train(
         self, latents: Tensor, prompt: str | Mapping[str, Any], alignment: float | None = None
@@ -103,6 +102,7 @@ class AnnealingTrainer:
                 height=factor * latents.shape[-2],
                 width=factor * latents.shape[-1],
                 output_type="latent",
+                callback_on_step_end=item.stop,
             )
         self.seen += 1
         if self.seen % self.accumulate == 0:
@@ -173,6 +173,12 @@ class _Item(Guidance):
             self.losses = self._train(step)
         return step.predict(out=torch.zeros_like(step.x))
 
+    def stop(self, pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out the steps after the training step."""
+        if self.losses:
+            pipe._interrupt = True
+        return values
+
     def _train(self, step: Step) -> dict[str, float]:
         trainer, lam = self.trainer, self.alignment
         seed = int(torch.randint(2**31, (), generator=trainer.generator))
@@ -215,3 +221,81 @@ def _frozen(network: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A file with an annealing network, and what it was trained on so far."""
+
+    path: Path
+    pictures: int
+    means: dict[str, float]
+    """Over this call, of the losses "noise" and "delta" (times their weights), and of "w"."""
+
+
+def fit_annealing_file(
+    pipe: Any,
+    base: Recipe,
+    pictures: Pictures,
+    out: Path,
+    *,
+    count: int = 2000,
+    accumulate: int = 16,
+    minutes: float | None = None,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Train on `count` pictures, again and again the same if there are fewer; write a file.
+
+    `base` says which model, scheduler and number of steps `pipe` was loaded for. The file and its
+    sibling in .training.pt, from which an interrupted training goes on when it is started again,
+    are written every minute and at the end, Ctrl-C included. `minutes` limits this call. Calls
+    `advance` for each picture. Raises `GuidanceError` if the files belong to another training.
+    """
+    trainer = AnnealingTrainer(pipe, base.steps, accumulate=accumulate, seed=seed)
+    of_model = {name: getattr(base, name) for name in ("model", "scheduler", "steps")}
+    asked = {**of_model, **pictures.asked, "seed": seed}
+    kept = out.with_suffix(".training.pt")
+    if kept.exists():
+        _resume(trainer, kept, asked)
+    for _ in range(trainer.seen):
+        advance()
+
+    def save() -> None:
+        trainer.save(out)
+        with written_whole(kept) as file:
+            torch.save({"asked": asked, **trainer.state_dict()}, file)
+
+    started = saved = time.monotonic()
+    losses: list[dict[str, float]] = []
+    try:
+        while trainer.seen < count:
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                break
+            with refusals(pipe):
+                losses.append(trainer.train(*pictures[trainer.seen % len(pictures)]))
+            advance()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    finally:
+        if losses:
+            save()
+    names = losses[0] if losses else ()
+    means = {name: sum(one[name] for one in losses) / len(losses) for name in names}
+    return Trained(out, trainer.seen, means)
+
+
+def _resume(trainer: AnnealingTrainer, kept: Path, asked: Mapping[str, Any]) -> None:
+    """Go on from a file; raises `GuidanceError` if it belongs to another training."""
+    try:
+        state = torch.load(kept, map_location="cpu", weights_only=True)
+        before = dict(state["asked"])
+        if before == asked:
+            trainer.load_state_dict(state)
+    except Exception as error:  # of several libraries
+        raise GuidanceError(
+            f"{kept} is not what `guidancekit fit annealing` wrote: delete it, or give another "
+            "--out."
+        ) from error
+    check_same_fit(kept, before, asked)

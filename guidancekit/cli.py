@@ -1,4 +1,4 @@
-"""The command line: `guidancekit generate | compare | methods`."""
+"""The command line: `guidancekit generate | compare | fit | methods`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import bundled
 from .errors import GuidanceError
 from .files import check_writable, free_path, written_whole
 from .recipe import DTYPES, Recipe, installed_versions, read_recipe, save_picture
@@ -97,7 +98,9 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
         check_scheduler(base.scheduler)
     if method is not None or options.scale is not None:
         text = method or base.guidance
-        guidance, scale = with_scale(text, options.scale, _settings(options, text))
+        typed = method is not None and options.preset is None
+        family = bundled.family(base.model) if typed else None
+        guidance, scale = with_scale(text, options.scale, _settings(options, text), family)
         base = replace(
             base,
             guidance=guidance,
@@ -156,10 +159,7 @@ def _slug(recipe: Recipe) -> str:
 
 def compare(options: argparse.Namespace) -> int:
     """Draw one labelled grid: prompts x seeds down, methods x scales across."""
-    out = Path(options.out)
-    if out.suffix.lower() != ".png" or out.is_dir():
-        raise GuidanceError(f"--out: found {options.out!r}, expected a file name ending in .png.")
-    check_writable(out.parent)
+    out = _out_file(options.out, ".png")
     prompts = _prompts(options)
 
     from .compare import Comparison, make_columns, split_methods
@@ -168,7 +168,9 @@ def compare(options: argparse.Namespace) -> int:
     if options.scheduler is not None:
         check_scheduler(options.scheduler)
     device = choose_device(options.device)
-    columns = make_columns(split_methods(options.methods), options.scales or ())
+    models = options.model or [DEFAULT_MODEL]
+    family = bundled.family(*models)
+    columns = make_columns(split_methods(options.methods), options.scales or (), family)
     rows = [
         Recipe(
             prompt=prompt,
@@ -180,7 +182,7 @@ def compare(options: argparse.Namespace) -> int:
             size=options.size,
             dtype=options.dtype or choose_dtype(model, device),
         )
-        for model in options.model or [DEFAULT_MODEL]
+        for model in models
         for prompt in prompts
         for seed in options.seeds
     ]
@@ -229,6 +231,116 @@ def _save_comparison(comparison: Any, path: Path) -> None:
     with written_whole(path) as file:
         comparison.draw().save(file, format="PNG")
     print(path)
+
+
+# --- fit ----------------------------------------------------------------------------------------
+
+
+def fit_linear_ag(options: argparse.Namespace) -> int:
+    """Fit LinearAG's tables for a model."""
+    out = _out_file(options.out, ".json")
+    prompts, base = _prompts(options), _fit_recipe(options, options.steps[0])
+    if base.guidance_scale is None:
+        raise GuidanceError("--scale: found none, but a table holds for one scale only: give it.")
+    for steps in options.steps:
+        replace(base, steps=steps)  # raises for a number out of range
+
+    from .fitting import fit_linear_ag_file
+
+    pipe = _load_for_fit(base, options, prompts)
+    total = len(prompts) * len(options.seeds) * len(options.steps)
+    with _progress(total, unit="run") as advance:
+        fitted = fit_linear_ag_file(
+            pipe,
+            base,
+            prompts,
+            out,
+            scale=base.guidance_scale,
+            steps=options.steps,
+            seeds=options.seeds,
+            minutes=options.minutes,
+            advance=advance,
+        )
+    print(fitted.path)
+    for steps, errors in fitted.errors.items():
+        worst = f"estimates are off by {100 * max(errors):.2g} % at most"
+        _note(f"{steps} steps: {worst}, root mean square")
+    _note(f"{fitted.runs} of {fitted.of} runs. Use it: --method linear-ag --set table={out}")
+    return 0
+
+
+def fit_annealing(options: argparse.Namespace) -> int:
+    """Train the network of annealing guidance for a model."""
+    out = _out_file(options.out, ".safetensors")
+    if options.pictures is not None and (options.prompts or options.prompts_file):
+        raise GuidanceError("--pictures: the prompts come with the pictures: give none besides.")
+    if options.count < 1:
+        raise GuidanceError(f"--count: found {options.count}, expected at least 1.")
+    prompts = ["-"] if options.pictures else _prompts(options)
+    base = _fit_recipe(options, options.steps)
+
+    from .annealing import fit_annealing_file
+    from .pictures import FolderPictures, OwnPictures
+
+    pipe = _load_for_fit(base, options, [] if options.pictures else prompts)
+    if options.pictures:
+        pictures: Any = FolderPictures(pipe, Path(options.pictures), base.size)
+    else:
+        pictures = OwnPictures(pipe, base, prompts, options.seeds)
+    with _progress(options.count) as advance:
+        trained = fit_annealing_file(
+            pipe,
+            base,
+            pictures,
+            out,
+            count=options.count,
+            minutes=options.minutes,
+            seed=options.seeds[0],
+            advance=advance,
+        )
+    print(trained.path)
+    means = ", ".join(f"{name} {value:.3g}" for name, value in trained.means.items())
+    _note(f"{trained.pictures} pictures; {means or 'nothing left to do'}")
+    _note(f"use it: --method annealing --set weights={out}")
+    return 0
+
+
+def _fit_recipe(options: argparse.Namespace, steps: int) -> Recipe:
+    """What a fit says about the model and its runs."""
+    from .loading import check_scheduler, choose_device, choose_dtype, default_scale
+
+    if options.scheduler is not None:
+        check_scheduler(options.scheduler)
+    if options.minutes is not None and not options.minutes > 0:
+        raise GuidanceError(f"--minutes: found {options.minutes:g}, expected more than 0.")
+    model = options.model or DEFAULT_MODEL
+    return Recipe(
+        prompt="-",  # each run has its own
+        model=model,
+        negative=getattr(options, "negative", None) or "",
+        guidance_scale=default_scale(model) if options.scale is None else options.scale,
+        steps=steps,
+        scheduler=options.scheduler,
+        size=options.size,
+        dtype=options.dtype or choose_dtype(model, choose_device(options.device)),
+    )
+
+
+def _load_for_fit(base: Recipe, options: argparse.Namespace, prompts: Sequence[str]) -> Any:
+    from .loading import load_pipeline
+
+    _quiet_libraries()
+    pipe = load_pipeline(base, options.device)
+    _warn_unknown_words(pipe, prompts)
+    return pipe
+
+
+def _out_file(text: str, suffix: str) -> Path:
+    out = Path(text)
+    if out.suffix.lower() != suffix or out.is_dir():
+        raise GuidanceError(f"--out: found {text!r}, expected a file name ending in {suffix}.")
+    check_writable(out.parent)
+    return out
 
 
 # --- methods ------------------------------------------------------------------------------------
@@ -321,8 +433,7 @@ def make_parser() -> argparse.ArgumentParser:
             --model stabilityai/stable-diffusion-xl-base-1.0
         """,
     )
-    grid.add_argument("prompts", nargs="*", metavar="PROMPT", help="one row per prompt and seed")
-    grid.add_argument("--prompts-file", metavar="FILE", help="more prompts, one per line")
+    _add_prompts(grid, "one row per prompt and seed")
     grid.add_argument(
         "--methods",
         default=DEFAULT_METHODS,
@@ -346,6 +457,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_run_options(grid)
 
+    _add_fit(commands)
+
     listing = _command(
         commands,
         "methods",
@@ -358,6 +471,81 @@ def make_parser() -> argparse.ArgumentParser:
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="a strategy or a schedule")
     return parser
+
+
+def _add_fit(commands: Any) -> None:
+    """`fit` has a command for each method that can be fitted to a model."""
+    fit = commands.add_parser(
+        "fit",
+        help="fit what a method needs to know of a model",
+        description="Fit what a method needs to know of a model. An interrupted fit goes on when "
+        "the same command is given again.",
+        allow_abbrev=False,
+    )
+    kinds = fit.add_subparsers(metavar="METHOD", required=True, parser_class=_Parser)
+    table = _command(
+        kinds,
+        "linear-ag",
+        fit_linear_ag,
+        "fit LinearAG's tables from runs of plain guidance",
+        """\
+        guidancekit fit linear-ag --prompts-file prompts.txt --steps 20,30
+        guidancekit generate "a red star" --method linear-ag \\
+            --set table=guidancekit-out/linear-ag.json
+        """,
+    )
+    _add_prompts(table, "what to draw; the paper takes 200")
+    table.add_argument(
+        "--steps",
+        type=_numbers(int),
+        default=[30],
+        metavar="N,...",
+        help="solver steps, a table for each [30]",
+    )
+    table.add_argument("--negative", metavar="TEXT", help="what to guide away from")
+    _add_fit_options(table, f"{OUT}/linear-ag.json", "the scale that the table is for")
+
+    network = _command(
+        kinds,
+        "annealing",
+        fit_annealing,
+        "train the network of annealing guidance on pictures",
+        """\
+        guidancekit fit annealing --prompts-file prompts.txt --minutes 30
+        guidancekit fit annealing --pictures folder --model some/model
+        guidancekit generate "a red star" --method annealing \\
+            --set weights=guidancekit-out/annealing.safetensors
+        """,
+    )
+    _add_prompts(network, "pictures that the model makes itself, for want of others")
+    network.add_argument(
+        "--pictures", metavar="DIR", help="pictures, each with its prompt in a .txt of its name"
+    )
+    network.add_argument(
+        "--count", type=int, default=2000, metavar="N", help="pictures to train on [%(default)s]"
+    )
+    network.add_argument(
+        "--steps", type=int, default=30, metavar="N", help="solver steps [%(default)s]"
+    )
+    _add_fit_options(network, f"{OUT}/annealing.safetensors", "of the model's own pictures")
+
+
+def _add_fit_options(parser: argparse.ArgumentParser, out: str, scale: str) -> None:
+    parser.add_argument(
+        "--scale", type=float, metavar="W", help=f"CFG scale, {scale} [4 for the embedded model]"
+    )
+    parser.add_argument(
+        "--seeds", type=_numbers(int), default=[0], metavar="S,...", help="prompt i starts at S+i"
+    )
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after so long")
+    parser.add_argument("--model", metavar="ID_OR_FOLDER", help=_MODEL_HELP)
+    parser.add_argument("--out", default=out, metavar="FILE", help="the file [%(default)s]")
+    _add_model_options(parser)
+
+
+def _add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help=what)
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one per line")
 
 
 _MODEL_HELP = f"embedded model, Diffusers folder or Hub id [{DEFAULT_MODEL}]"
@@ -385,6 +573,10 @@ def _command(
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="what to guide away from")
     parser.add_argument("--steps", type=int, metavar="N", help="solver steps [30]")
+    _add_model_options(parser)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
@@ -422,13 +614,13 @@ def _version() -> str:
 
 
 @contextmanager
-def _progress(total: int, pipe: Any = None) -> Iterator[Callable[..., None]]:
+def _progress(total: int, pipe: Any = None, unit: str = "picture") -> Iterator[Callable[..., None]]:
     """A bar over pictures, on a terminal only; `advance(line)` counts one and prints the line."""
     from tqdm import tqdm
 
     if pipe is not None:
         _show_steps(pipe)
-    with tqdm(total=total, unit="picture", disable=None, leave=False) as bar:
+    with tqdm(total=total, unit=unit, disable=None, leave=False) as bar:
 
         def advance(line: str | None = None) -> None:
             bar.update()
@@ -441,6 +633,11 @@ def _progress(total: int, pipe: Any = None) -> Iterator[Callable[..., None]]:
 def _show_steps(pipe: Any) -> None:
     """Let the pipeline show a bar over its steps, on a terminal only."""
     pipe.set_progress_bar_config(disable=None, leave=False, unit="step")
+
+
+def _note(text: str) -> None:
+    """What is worth knowing about the result; only its name goes to stdout."""
+    print(f"guidancekit: {text}", file=sys.stderr)
 
 
 def _warn(text: str) -> None:

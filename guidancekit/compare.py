@@ -142,23 +142,28 @@ class Comparison:
         return Label(title, tuple(details), cost)
 
 
-def make_columns(specs: Sequence[str], scales: Sequence[float] = ()) -> list[Column]:
+def make_columns(
+    specs: Sequence[str], scales: Sequence[float] = (), family: str | None = None
+) -> list[Column]:
     """Methods times scales; a method that names its scales itself gets one column only.
 
-    "all" stands for every method that works without further settings.
+    "all" stands for every method that works without further settings. What is left open is taken
+    from the methods' presets for the model `family`.
     Raises `GuidanceError` for an unknown method or an unfit value.
     """
     names = dict.fromkeys(spec for spec in specs if spec != "all")
     rest = dict.fromkeys(name for name in methods() if name not in names)
     columns = []
     for name in [*names, *(rest if "all" in specs else ())]:
-        column = Column(name, *with_scale(name, None), optional=name in rest)
+        column = Column(name, *with_scale(name, None, family=family), optional=name in rest)
         if not scales or not follows_pipeline(parse(column.guidance)):
             columns.append(column)
         else:
             columns += [
                 replace(column, guidance=guidance, guidance_scale=guidance_scale)
-                for guidance, guidance_scale in (with_scale(name, scale) for scale in scales)
+                for guidance, guidance_scale in (
+                    with_scale(name, scale, family=family) for scale in scales
+                )
             ]
     if not columns:
         raise GuidanceError("there is no method to compare: give names, for example cfg,apg.")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
+from .composition import Sum
 from .errors import GuidanceError
-from .guidance import Guidance, Sum
+from .guidance import Guidance
 from .loading import first_line
 from .parameters import parameters
 from .recipe import Recipe, installed_versions
@@ -37,11 +39,15 @@ class Picture:
 
 
 def with_scale(
-    method: str, scale: float | None, values: Mapping[str, Any] | None = None
+    method: str,
+    scale: float | None,
+    values: Mapping[str, Any] | None = None,
+    family: str | None = None,
 ) -> tuple[str, float | None]:
     """The guidance `method` at CFG scale `scale`: its text, and the pipeline's `guidance_scale`.
 
-    `method` is a registry name, to which `values` are given, or a text such as ``apg(eta=0.5)``.
+    `method` is a registry name, to which `values` are given, or a text such as ``apg(eta=0.5)``;
+    what is left open is taken from the preset for the model `family`, if there is one.
     Methods whose scale is None read the pipeline's, which has an unconditional branch above 1
     only. Scales up to 1 therefore, and those of methods that are not CFG, go to the method's own
     `scale` if it has one.
@@ -51,12 +57,12 @@ def with_scale(
     is_text = "(" in method or " + " in method
     if is_text and values:
         raise GuidanceError(f"write all parameters inside {method!r}.")
-    guidance = parse(method) if is_text else create(method, **values)
+    guidance = parse(method, family) if is_text else create(method, family, **values)
     if scale is None or (scale > 1 and follows_pipeline(guidance)):
         return repr(guidance), scale
     has_scale = any(parameter.name == "scale" for parameter in parameters(type(guidance)))
     if has_scale and not is_text and "scale" not in values:
-        return repr(create(method, **{**values, "scale": scale})), None
+        return repr(create(method, family, **{**values, "scale": scale})), None
     if scale == 1 and follows_pipeline(guidance):
         return repr(guidance), scale  # no guidance, and no unconditional branch to miss
     raise GuidanceError(
@@ -81,24 +87,18 @@ def run(pipe: Any, recipe: Recipe) -> Picture:
     Every picture is a pipeline call of its own, from its own generator on the CPU: batch size and
     neighbours never change a pixel. Raises `GuidanceError` for what the pipeline cannot do.
     """
-    arguments = _arguments(pipe, recipe)
+    given = arguments(pipe, recipe)
     with parse(recipe.guidance).attach(pipe) as guidance:
         started = time.perf_counter()
-        try:
-            image = pipe(**arguments).images[0]
-        except GuidanceError:
-            raise
-        except (ValueError, torch.OutOfMemoryError) as error:  # diffusers checks its arguments
-            raise GuidanceError(
-                f"{type(pipe).__name__} refused the run: {first_line(error)}"
-            ) from error
+        with refusals(pipe):
+            image = pipe(**given).images[0]
         seconds = time.perf_counter() - started
         report = guidance.report()
     scale_name = _scale_name(pipe)
     made = replace(
         recipe,
         guidance=repr(guidance),
-        guidance_scale=arguments.get(scale_name, _accepted(pipe)[scale_name].default),
+        guidance_scale=given.get(scale_name, _accepted(pipe)[scale_name].default),
         size=image.size,
         device=pipe.device.type,
         versions=installed_versions(),
@@ -107,27 +107,40 @@ def run(pipe: Any, recipe: Recipe) -> Picture:
     return Picture(image, made, report.rows, seconds, scales, list(report.warnings))
 
 
+@contextmanager
+def refusals(pipe: Any) -> Iterator[None]:
+    """Raise `GuidanceError` for what a pipeline refuses inside."""
+    try:
+        yield
+    except GuidanceError:
+        raise
+    except (ValueError, torch.OutOfMemoryError) as error:  # diffusers checks its arguments
+        raise GuidanceError(
+            f"{type(pipe).__name__} refused the run: {first_line(error)}"
+        ) from error
+
+
 def warm_up(pipe: Any, recipe: Recipe) -> None:
     """Two unguided steps, so that the first picture timed does not pay for start-up."""
-    pipe(**_arguments(pipe, replace(recipe, steps=2)))
+    pipe(**arguments(pipe, replace(recipe, steps=2)))
 
 
-def _arguments(pipe: Any, recipe: Recipe) -> dict[str, Any]:
+def arguments(pipe: Any, recipe: Recipe) -> dict[str, Any]:
     """What the pipeline is called with."""
-    arguments: dict[str, Any] = {
+    given: dict[str, Any] = {
         "prompt": recipe.prompt,
         "num_inference_steps": recipe.steps,
         "generator": torch.Generator("cpu").manual_seed(recipe.seed),
     }
     if recipe.negative:
-        arguments["negative_prompt"] = recipe.negative
+        given["negative_prompt"] = recipe.negative
     if recipe.guidance_scale is not None:
-        arguments[_scale_name(pipe)] = recipe.guidance_scale
+        given[_scale_name(pipe)] = recipe.guidance_scale
     if recipe.size is not None:
-        arguments["width"], arguments["height"] = recipe.size
-    if missing := arguments.keys() - _accepted(pipe).keys():
+        given["width"], given["height"] = recipe.size
+    if missing := given.keys() - _accepted(pipe).keys():
         raise GuidanceError(f"{type(pipe).__name__} does not take {', '.join(sorted(missing))}.")
-    return arguments
+    return given
 
 
 def _scale_name(pipe: Any) -> str:

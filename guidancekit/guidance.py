@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffusers.callbacks import PipelineCallback
 from diffusers.configuration_utils import register_to_config
@@ -16,7 +15,7 @@ from torch.nn import Module
 
 from . import schedules
 from .errors import GuidanceError
-from .parameters import check, parameters
+from .parameters import Preset, check, parameters
 from .schedules import Schedule, scale_at
 from .step import BOTH, COND, Branch, Moment, Prediction, Step
 from .tensors import TINY, dot
@@ -30,12 +29,9 @@ State = SimpleNamespace
 """What a strategy remembers within one run; the engine hands out an empty one at each start."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Published settings of a method for one model family, and where they were published."""
-
-    values: Mapping[str, Any]
-    source: str
+Demand = Literal["any", "one step", "first order", "flow"]
+"""A scheduler's step that reads nothing of earlier ones; that is a straight line as well; or that
+follows the ODE of a flow model with one evaluation."""
 
 
 class Guidance(PipelineCallback):
@@ -53,8 +49,8 @@ class Guidance(PipelineCallback):
     presets: ClassVar[Mapping[str, Preset]] = {}
     edits_latents: ClassVar[bool] = False
     """Whether `after_step` moves the latents, which not every scheduler tolerates."""
-    first_order: ClassVar[bool] = False
-    """Whether the scheduler's step must be first-order and deterministic."""
+    solver: ClassVar[Demand] = "any"
+    """What it asks of the scheduler's step; schedulers that do not give it are refused."""
     evaluates: ClassVar[tuple[Branch, ...]] = ()
     """Branches that it evaluates by itself, at other points than those of `needs`."""
 
@@ -90,6 +86,11 @@ class Guidance(PipelineCallback):
     def during(self, step: Step, state: State) -> AbstractContextManager[None]:
         """A context around every evaluation of this step."""
         return nullcontext()
+
+    def evaluate(self, step: Step, state: State) -> None:
+        """Evaluate the branches that this step needs, into `step.evaluated`."""
+        for branch, out in step.gather(dict.fromkeys(step.needed)).items():
+            step.evaluated[branch] = step.predict(out=out)
 
     def guide(self, step: Step, state: State) -> Prediction:
         """The guided prediction of one evaluation, per sample, in float32."""
@@ -165,7 +166,9 @@ class Guidance(PipelineCallback):
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def __add__(self, other: Guidance) -> Sum:
+    def __add__(self, other: Guidance) -> Guidance:
+        from .composition import Sum
+
         if not isinstance(other, Guidance):
             return NotImplemented
         return Sum([self, other])
@@ -191,7 +194,8 @@ class Guidance(PipelineCallback):
 
     def _require_attachment(self, pipeline: Any = None) -> Attachment:
         attachment = self.attachment
-        if attachment is None or (pipeline is not None and attachment.pipe is not pipeline):
+        elsewhere = attachment is not None and (attachment.pipe is not pipeline or attachment.lost)
+        if attachment is None or (pipeline is not None and elsewhere):
             raise GuidanceError(
                 f"{self.name or type(self).__name__} guidance was used without being attached to "
                 "this pipeline, so it has not guided it. Write: "
@@ -215,7 +219,7 @@ class Guidance(PipelineCallback):
     def __repr__(self) -> str:
         """The shortest call that makes this guidance; `guidancekit.parse` reads it back."""
         given = [
-            f"{parameter.name}={_shown(_live(self.config[parameter.name]))}"
+            f"{parameter.name}={_shown(live(self.config[parameter.name]))}"
             for parameter in parameters(type(self))
             if self.config[parameter.name] != _plain(parameter.default)
         ]
@@ -261,94 +265,6 @@ class Companion(ClassifierFree):
         return step.cfg(scale_at(self.scale, step))
 
 
-class Sum(Guidance):
-    """Several strategies at once: their updates on the conditional prediction add up."""
-
-    name = "sum"
-
-    def __init__(self, terms: Annotated[Sequence[Any], "the strategies to add"]) -> None:
-        flat: list[Guidance] = []
-        for term in (_live(term) for term in terms):
-            flat.extend(term.terms if isinstance(term, Sum) else [term])
-        self.terms: tuple[Guidance, ...] = tuple(flat)
-        silent = [isinstance(term, Companion) and term.scale is None for term in flat]
-        if all(silent):
-            silent[:1] = [False]
-        self._silent = silent
-
-    @property
-    def edits_latents(self) -> bool:  # type: ignore[override]
-        return any(term.edits_latents for term in self.terms)
-
-    @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        return any(term.first_order for term in self.terms)
-
-    @property
-    def evaluates(self) -> tuple[Branch, ...]:  # type: ignore[override]
-        return tuple({branch for term in self.terms for branch in term.evaluates})
-
-    @property
-    def scheduled(self) -> bool:
-        return any(term.scheduled for term in self.terms)
-
-    def _states(self, state: State) -> list[State]:
-        if not hasattr(state, "terms"):
-            state.terms = [State() for _ in self.terms]
-        return state.terms
-
-    def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
-        each = zip(self.terms, self._states(state), self._silent, strict=True)
-        needed = {
-            branch for term, own, silent in each if not silent for branch in term.needs(moment, own)
-        }
-        return tuple(branch for branch in BOTH if branch == "cond" or branch in needed)
-
-    def acts(self, moment: Moment, state: State) -> bool:
-        pairs = zip(self.terms, self._states(state), strict=True)
-        return any(term.acts(moment, own) for term, own in pairs)
-
-    def condition(
-        self, step: Step, branch: Branch, given: dict[str, Tensor], state: State
-    ) -> dict[str, Tensor]:
-        for term, own in zip(self.terms, self._states(state), strict=True):
-            given = term.condition(step, branch, given, own)
-        return given
-
-    def before_step(self, step: Step, state: State) -> Tensor:
-        for term, own in zip(self.terms, self._states(state), strict=True):
-            step.x = term.before_step(step, own)
-        return step.x
-
-    @contextmanager
-    def during(self, step: Step, state: State) -> Iterator[None]:
-        with ExitStack() as stack:
-            for term, own in zip(self.terms, self._states(state), strict=True):
-                stack.enter_context(term.during(step, own))
-            yield
-
-    def guide(self, step: Step, state: State) -> Prediction:
-        for term, own, silent in zip(self.terms, self._states(state), self._silent, strict=True):
-            own.guided = step.cond if silent else term.guide(step, own)
-        changed = [own.guided for own in self._states(state) if own.guided is not step.cond]
-        if len(changed) < 2:  # one term acts, or none: to the last bit
-            return changed[0] if changed else step.cond
-        updates = [each.out - step.cond.out for each in changed[1:]]
-        return step.predict(out=sum(updates, changed[0].out))
-
-    def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
-        for term, own in zip(self.terms, self._states(state), strict=True):
-            latents = term.after_step(step, latents, own)
-        return latents
-
-    def effective_scale(self, step: Step, guided: Prediction, state: State) -> Tensor | float:
-        pairs = zip(self.terms, self._states(state), strict=True)
-        return 1 + sum(term.effective_scale(step, own.guided, own) - 1 for term, own in pairs)
-
-    def __repr__(self) -> str:
-        return " + ".join(map(repr, self.terms))
-
-
 def _shown(value: Any) -> str:
     """A value in one line, networks too."""
     if isinstance(value, Mapping):
@@ -368,8 +284,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _live(value: Any) -> Any:
-    """Undo `_plain` for one value."""
+def live(value: Any) -> Any:
+    """The object that a value of a config stands for."""
     if isinstance(value, Mapping) and "_class_name" in value:
         return Guidance.from_config(value)
     is_schedule = isinstance(value, Mapping) and "schedule" in value
@@ -377,11 +293,11 @@ def _live(value: Any) -> Any:
 
 
 def _strategy(class_name: str) -> type[Guidance]:
-    if class_name == Sum.__name__:
-        return Sum
+    from .composition import COMPOSITIONS
     from .registry import methods
 
-    for method in methods().values():
+    strategies: list[type[Guidance]] = [*COMPOSITIONS, *methods().values()]
+    for method in strategies:
         if method.__name__ == class_name:
             return method
     raise GuidanceError(f"found guidance class {class_name!r}, which guidancekit does not have.")

@@ -13,7 +13,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -39,6 +39,14 @@ class Range:
         if math.isinf(self.low):
             return f"at most {self.high:g}"
         return f"from {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published settings of a method for one model family, and where they were published."""
+
+    values: Mapping[str, Any]
+    source: str
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ None for the pipeline's `guidance_scale`. Where it is exactly 1 the unconditiona
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from .errors import GuidanceError
-from .parameters import Range, check
+from .parameters import Preset, Range, check
 from .step import Moment
 
 
@@ -22,6 +22,7 @@ class Schedule:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def __post_init__(self) -> None:
         values = dict(vars(self))
@@ -103,6 +104,9 @@ class Interval(Schedule):
 
     name: ClassVar[str] = "interval"
     paper: ClassVar[str] = "arXiv:2404.07724"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "scenes": Preset({"low": 0.28, "high": 5.42}, "SDXL's, not yet measured on this model")
+    }
 
     scale: AnyScale = None
     low: Annotated[float, Range(0, slider=(0, 5)), "lower bound, exclusive"] = 0.28

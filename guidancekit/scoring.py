@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
 
+from . import bundled
 from .errors import GuidanceError
 
 Scorer = Callable[[Tensor, float, int], Tensor]
@@ -56,6 +60,113 @@ def relative_rise(now: Tensor, before: Tensor | None) -> Tensor:
     if before is None:
         return torch.ones_like(now)
     return ((now - before) / (before.abs() + 1e-6)).clamp_min(0).nan_to_num(0, posinf=0)
+
+
+class LatentScorer(ModelMixin, ConfigMixin):
+    """How well clean latents fit a text: attributes are read from both, and compared.
+
+    One small classifier gives the probabilities q of every attribute's values from the latents,
+    another those p from the text's embeddings, `prior` are their frequencies. The score is
+    sum_attributes log sum_k p_k q_k / prior_k: log p(latents | text) / p(latents), were attributes
+    independent. What the text leaves open has p = prior, and adds nothing.
+
+    `values` counts the values of each attribute, `channels` and `text_width` are those of the
+    latents and the embeddings. Both classifiers learn by cross-entropy on `logits`. Scoring takes
+    no gradients, and about a hundredth of a network evaluation.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, values: Sequence[int], channels: int, text_width: int) -> None:
+        super().__init__()
+        total = sum(values)
+        self.register_buffer("prior", torch.cat([torch.full((n,), 1 / n) for n in values]))
+        self.latents = nn.Sequential(
+            *(_convolution(channels, 48), _convolution(48, 96, 2)),
+            *(_convolution(96, 96), _convolution(96, 128, 2)),
+            *(nn.AdaptiveAvgPool2d(4), nn.Flatten()),
+            *(nn.Linear(128 * 16, 160), nn.SiLU(), nn.Linear(160, total)),
+        )
+        queries = 8  # of an attention over the tokens
+        self.queries = nn.Linear(text_width, queries, bias=False)
+        self.text = nn.Sequential(
+            *(nn.Linear(queries * text_width, 160), nn.SiLU(), nn.Linear(160, total)),
+        )
+
+    def logits(
+        self, latents: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The logits [n, values] of every attribute, of latents or of text."""
+        if latents is not None:
+            _check_shape("latents", latents, 4, 1, self.config.channels)
+            found = self.latents(latents.float())
+        else:
+            assert text is not None, "logits(latents=...) or logits(text=...)"
+            _check_shape("text embeddings", text, 3, 2, self.config.text_width)
+            text = text.float()
+            shares = self.queries(text).softmax(1)  # over the tokens
+            found = self.text((shares.transpose(1, 2) @ text).flatten(1))
+        return found.split(list(self.config.values), dim=1)
+
+    def forward(self, latents: Tensor, text: Tensor) -> Tensor:
+        """Scores [n] of latents [n, C, h, w] against text embeddings [n or 1, tokens, width]."""
+        seen, asked = self.logits(latents), self.logits(text=text)
+        if len(text) not in (1, len(latents)):
+            raise GuidanceError(
+                f"LatentScorer: found {len(latents)} latents and {len(text)} texts, expected one "
+                "text, or one for each."
+            )
+        priors = self.prior.split(list(self.config.values))
+        terms = [
+            (q.log_softmax(1) + p.log_softmax(1) - prior.clamp_min(1e-6).log()).logsumexp(1)
+            for q, p, prior in zip(seen, asked, priors, strict=True)
+        ]
+        return torch.stack(terms).sum(0)
+
+    def about(self, conditions: Mapping[str, Tensor]) -> Scorer:
+        """The function that scores latents against what a network is conditioned on."""
+        text = conditions.get("encoder_hidden_states")
+        if text is None:
+            raise GuidanceError(
+                "LatentScorer reads text embeddings, but this network is conditioned on "
+                f"{', '.join(conditions) or 'nothing'}."
+            )
+
+        def scored(latents: Tensor, noise_fraction: float = 0.0, index: int = 0) -> Tensor:
+            scores: Tensor = self(latents, text)
+            return scores
+
+        return scored
+
+    @classmethod
+    def load(cls, source: str) -> LatentScorer:
+        """The scorer saved in a folder, or the companion of that name, in float32."""
+        folder = bundled.locate(source)
+        if not Path(folder).is_dir():
+            raise GuidanceError(
+                f"found {source!r}, which is no folder of a saved LatentScorer: expected one, or "
+                "functions by name (FeedbackGuidance), or a function that returns logits (GFCG)."
+            )
+        try:
+            scorer = cls.from_pretrained(folder, use_safetensors=True)
+        except Exception as error:  # of several libraries
+            raise GuidanceError(f"LatentScorer.load({source!r}): {error}") from error
+        return scorer.float().eval().requires_grad_(False)
+
+
+def _convolution(inward: int, outward: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inward, outward, 3, stride, 1), nn.GroupNorm(8, outward), nn.SiLU()
+    )
+
+
+def _check_shape(what: str, tensor: Tensor, ndim: int, axis: int, expected: int) -> None:
+    if tensor.ndim != ndim or tensor.shape[axis] != expected:
+        raise GuidanceError(
+            f"LatentScorer: found {what} {list(tensor.shape)}, expected {ndim} dimensions with "
+            f"{expected} features: it was made for another model."
+        )
 
 
 class CLIPScore:

@@ -7,13 +7,15 @@ latents in another scale (Euler, Heun, LMS) the engine converts, so one conventi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
+
+from .errors import GuidanceError
 
 Branch = Literal["cond", "uncond"]
 COND: tuple[Branch, ...] = ("cond",)
@@ -26,16 +28,29 @@ def branches_at(w: float) -> tuple[Branch, ...]:
     return {0.0: UNCOND, 1.0: COND}.get(w, BOTH)
 
 
-Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
+Kind = Literal[
+    "epsilon", "v_prediction", "sample", "flow", "reverse_flow", "preconditioned", "unknown"
+]
+"""What a network predicts: eps, v, x0, or the velocity eps - x0 of a flow model.
+
+`reverse_flow` is x0 - eps; `preconditioned` is the raw output of EDM's network, which is -v.
+"""
+
+_SMALLEST_ALPHA = 2.0**-12  # diffusers' own guard: eps says nothing about x0 at alpha = 0
 
 
 @dataclass(frozen=True)
 class Level:
-    """A noise level: `alpha`, `sigma`, and the `scale` of the scheduler's latents over `x`."""
+    """A noise level: `alpha`, `sigma`, and the `scale` of the scheduler's latents over `x`.
+
+    `data` is the standard deviation of clean latents that the coordinates assume: EDM's sigma_data.
+    Then v = data alpha eps - sigma x0 / data, where (data alpha)^2 + sigma^2 = 1.
+    """
 
     alpha: float
     sigma: float
     scale: float = 1.0
+    data: float = 1.0
 
     @property
     def nsr(self) -> float:
@@ -63,36 +78,46 @@ class Prediction:
     @cached_property
     def x0(self) -> Tensor:
         """The clean latent."""
-        alpha, sigma = self.level.alpha, self.level.sigma
+        alpha, sigma, data = self.level.alpha, self.level.sigma, self.level.data
         match self.kind:
             case "epsilon":
-                return (self.x - sigma * self.out) / alpha
+                return (self.x - sigma * self.out) / max(alpha, _SMALLEST_ALPHA)
             case "v_prediction":
-                return alpha * self.x - sigma * self.out
+                return data**2 * alpha * self.x - data * sigma * self.out
+            case "preconditioned":
+                return data**2 * alpha * self.x + data * sigma * self.out
             case "flow":
                 return self.x - sigma * self.out
+            case "reverse_flow":
+                return self.x + sigma * self.out
             case "sample":
                 return self.out
+        raise _unknown()
 
     @cached_property
     def eps(self) -> Tensor:
         """The noise."""
-        alpha, sigma = self.level.alpha, self.level.sigma
+        alpha, sigma, data = self.level.alpha, self.level.sigma, self.level.data
         match self.kind:
             case "epsilon":
                 return self.out
             case "v_prediction":
-                return sigma * self.x + alpha * self.out
+                return sigma * self.x + data * alpha * self.out
+            case "preconditioned":
+                return sigma * self.x - data * alpha * self.out
             case "flow":
                 return self.x + alpha * self.out
+            case "reverse_flow":
+                return self.x - alpha * self.out
             case "sample":
                 return (self.x - alpha * self.x0) / sigma
+        raise _unknown()
 
     @cached_property
     def v(self) -> Tensor:
         """The velocity: ``eps - x0`` for flow models, ``alpha * eps - sigma * x0`` otherwise."""
-        if self.kind in ("v_prediction", "flow"):
-            return self.out
+        if self.kind in _VELOCITY:
+            return _VELOCITY[self.kind] * self.out
         return self.level.alpha * self.eps - self.level.sigma * self.x0
 
     @classmethod
@@ -100,14 +125,32 @@ class Prediction:
         """What a network of this kind would put out to say `x0` at `x`."""
         match kind:
             case "epsilon":
-                out = (x - level.alpha * x0) / level.sigma
+                out = (x - max(level.alpha, _SMALLEST_ALPHA) * x0) / level.sigma
             case "v_prediction":
-                out = (level.alpha * x - x0) / level.sigma
+                out = (level.data * level.alpha * x - x0 / level.data) / level.sigma
+            case "preconditioned":
+                out = (x0 / level.data - level.data * level.alpha * x) / level.sigma
             case "flow":
                 out = (x - x0) / level.sigma
+            case "reverse_flow":
+                out = (x0 - x) / level.sigma
             case "sample":
                 out = x0
+            case _:
+                raise _unknown()
         return cls(out, x, level, kind)
+
+
+_VELOCITY = {"v_prediction": 1, "flow": 1, "preconditioned": -1, "reverse_flow": -1}
+"""The kinds whose output is the velocity, and its sign."""
+
+
+def _unknown() -> GuidanceError:
+    return GuidanceError(
+        "This strategy needs to know what the network predicts (noise, v, or the clean latent), "
+        "which the scheduler does not say. Use DDIM, Euler, DPM++ or a flow-matching Euler "
+        "scheduler."
+    )
 
 
 @dataclass
@@ -116,7 +159,8 @@ class Moment:
 
     `grid` holds the noise level (nsr) at the start of each of the `total` steps and after the last;
     it is empty where the scheduler's noise levels are unknown. `guidance_scale` is the pipeline's.
-    `time` is the scheduler's timestep at the start of the step, 1000 being noise.
+    `time` is the scheduler's timestep at the start of the step, 1000 being noise. `embedded_scale`
+    is the guidance scale that the pipeline tells a distilled network, if it takes one.
     """
 
     index: int
@@ -124,6 +168,7 @@ class Moment:
     grid: tuple[float, ...]
     guidance_scale: float | None
     time: float = field(default=0.0, kw_only=True)
+    embedded_scale: float | None = field(default=None, kw_only=True)
 
     @property
     def progress(self) -> float:
@@ -144,23 +189,29 @@ class Step(Moment):
     `level` and `next_level` are the noise levels of this evaluation and after the step.
 
     `evaluate(branch, ...)` runs the network once more: at another latent `x` (with its `timestep`
-    and `level`), under other `conditions`, or through another `network`. `conditions(branch)` are
+    and `level`), under other `conditions`, through another `network`, or for some `rows` only;
+    `gather({branch: rows})` does so for rows of several branches at once, and returns outputs.
+    `conditions(branch)` are
     the tensors that a branch is conditioned on, by argument name; `encode(prompt)` those of other
     text. `decode(x0)` makes images [n, 3, H, W] in [0, 1] of clean latents.
     `attention(layers, tap)` is a context in which `tap` stands in for the attention of the named
     layers, `around(matches, wrapper)` one in which `wrapper` stands in for layers themselves (both:
     `guidancekit.engine.layers`); `rows(branch, count)` tells the rows of a branch inside.
+    Timesteps are the network's: `timestep` now, `next_timestep` after the step, and
+    `flow_timestep(sigma)` that of a flow model at another noise level.
     `needed` are the branches that will be evaluated; `warn(message)` warns once, in the report too.
     """
 
     stage: int
     timestep: Tensor
     next_timestep: Tensor | None
+    flow_timestep: Callable[[float], Tensor]
     x: Tensor
     level: Level
     next_level: Level
     kind: Kind
     evaluate: Callable[..., Prediction]
+    gather: Callable[[Mapping[Branch, Sequence[int] | None]], dict[Branch, Tensor]]
     conditions: Callable[[Branch], dict[str, Tensor]]
     encode: Callable[[str], dict[str, Tensor]]
     decode: Callable[[Tensor], Tensor]
@@ -198,18 +249,14 @@ class Step(Moment):
         self, *, out: Tensor | None = None, x0: Tensor | None = None, v: Tensor | None = None
     ) -> Prediction:
         """A prediction of this step from an output of the network's kind, from `x0` or from `v`."""
-        if v is not None and self.kind in ("v_prediction", "flow"):
-            out = v
+        if v is not None and self.kind in _VELOCITY:
+            out = _VELOCITY[self.kind] * v
         if out is not None:
             return Prediction(out, self.x, self.level, self.kind)
         if v is not None:
             x0 = self.alpha * self.x.float() - self.sigma * v
         assert x0 is not None, "predict(out=...), predict(x0=...) or predict(v=...)"
         return Prediction.from_x0(x0, self.x, self.level, self.kind)
-
-    def flow_timestep(self, sigma: float) -> Tensor:
-        """The timestep of a flow model at another noise level: its time is proportional to it."""
-        return self.timestep * (sigma / self.sigma)
 
     def cfg(self, w: float) -> Prediction:
         """Plain classifier-free guidance, uncond + w (cond - uncond): the same in every space."""

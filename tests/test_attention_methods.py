@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import tiny_transformers as families
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -18,9 +21,13 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny import latents_of, sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_transformers import noise
 
 from guidancekit import CFG, NAG, NASA, PAG, SAG, SEG, SLG, BlurGuidance, GuidanceError
+from guidancekit.engine.layers import around, rows_of, tapped
+from guidancekit.guidance import State
 from guidancekit.methods.sag import gaussian_blur, received
+from guidancekit.methods.slg import bypass, is_block
 
 STEPS = 4
 ALL = [SAG(), BlurGuidance(), PAG(), SEG(), SEG(blur_sigma=1.0), SLG(start=0.0, end=1.0)]
@@ -395,7 +402,7 @@ def test_soft_pag_blends_the_map(strength, sd):
 
 def test_attention_received_has_mean_one():
     q, k = (torch.randn(2, 3, 50, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    mass = received(q, k, chunk=7)
+    mass = received(q, k, 8**-0.5, chunk=7)
     whole = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1).mean(1).sum(1)
     torch.testing.assert_close(mass, whole, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mass.mean(1), torch.ones(2))
@@ -496,9 +503,10 @@ def test_seg_leaves_text_queries_alone():
     class Spy(SEG):
         def perturb(self, q, k, v, attend, place):
             def look(new_q, new_k, new_v):
-                seen.append((q[:, :, place.image :], new_q[:, :, place.image :]))
+                after = slice(place.image.stop, None)
+                seen.append((q[:, :, after], new_q[:, :, after]))
                 assert new_k is k and new_v is v
-                assert new_q[:, :, : place.image].std(dim=2).max() < 1e-5
+                assert new_q[:, :, place.image].std(dim=2).max() < 1e-5
                 return attend(new_q, new_k, new_v)
 
             return super().perturb(q, k, v, look, place)
@@ -508,7 +516,417 @@ def test_seg_leaves_text_queries_alone():
     assert len(seen) == STEPS and all(torch.equal(*pair) for pair in seen)
 
 
-def test_nag_refuses_joint_attention():
+# --- transformers of every family, against attention by hand -------------------------------------
+#
+# The references below take the place of PyTorch's attention function itself, know by a hook when
+# the layer in question is at work, and by themselves how each family lays out its sequence.
+
+IMAGE_FIRST = (families.sd3, families.hunyuan_video, families.z_image)
+TEXT_BLOCKS = [  # names of blocks that every kind of layer is among
+    (families.dit, "transformer_blocks.1"),
+    (families.pixart, "transformer_blocks.1"),
+    (families.hunyuan_dit, "blocks.2"),
+    (families.wan, "blocks.1"),
+    (families.ltx, "transformer_blocks.1"),
+    (families.sd3, "transformer_blocks.0"),  # attends twice: jointly, and the image alone
+    (families.sd3, "transformer_blocks.1"),
+    (families.flux, "transformer_blocks.1"),
+    (families.flux, "single_transformer_blocks.0"),
+    (partial(families.flux, references=True), "single_transformer_blocks.1"),
+    (families.flux2, "single_transformer_blocks.1"),
+    (families.chroma, "transformer_blocks.0"),
+    (families.qwen, "transformer_blocks.1"),
+    (partial(families.qwen, references=True, mask=True), "transformer_blocks.1"),
+    (families.hunyuan_video, "transformer_blocks.1"),
+    (families.hunyuan_video, "single_transformer_blocks.0"),
+    (families.cogvideox, "transformer_blocks.1"),
+    (families.cogview3, "transformer_blocks.1"),
+    (families.cogview4, "transformer_blocks.1"),
+    (families.auraflow, "single_transformer_blocks.1"),
+    (families.lumina2, "layers.1"),
+    (families.z_image, "layers.1"),
+]
+
+
+def family_id(value):
+    name = getattr(value, "__name__", None) or getattr(value, "func", None)
+    return getattr(name, "__name__", None) or (name if isinstance(name, str) else str(value))
+
+
+def in_blocks(function):
+    return pytest.mark.parametrize(("family", "block"), TEXT_BLOCKS, ids=family_id)(function)
+
+
+def image_in(family, tokens, tiny):
+    """Where the image is in a sequence of `tokens`, as the test knows it."""
+    count = math.prod(tiny.tokens)
+    family = getattr(family, "func", family)
+    if tokens == count or family in IMAGE_FIRST:
+        return slice(0, count)
+    registers = 8 if family is families.auraflow else 0
+    return slice(families.TEXTS + registers, families.TEXTS + registers + count)
+
+
+def softmax_attention(q, k, v, mask=None, scale=None, more=None):
+    """Attention [rows, heads, tokens, width] by hand; `more` is a further mask to be added."""
+    logits = (q @ k.transpose(-1, -2)).float() * (scale or q.shape[-1] ** -0.5)
+    for each in (mask, more):
+        if each is not None and each.dtype == torch.bool:
+            logits = logits.masked_fill(~each, -torch.inf)
+        elif each is not None:
+            logits = logits + each
+    return torch.softmax(logits, dim=-1) @ v.float()
+
+
+@contextmanager
+def attention_by_hand(modules, attention, monkeypatch):
+    """`attention(q, k, v, mask, scale)` in place of PyTorch's while one of `modules` is at work."""
+    original, at_work = F.scaled_dot_product_attention, []
+
+    def replaced(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        if not at_work:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        return attention(query, key, value, attn_mask, kwargs.get("scale"))
+
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(lambda *_: at_work.append(1)))
+        handles.append(module.register_forward_hook(lambda *_: at_work.pop() and None))
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", replaced)
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+def self_attention_of(tiny, block):
+    """The attention layers in which the image of a block sees itself."""
+    return [
+        module
+        for name, module in tiny.network.named_modules()
+        if name.startswith(f"{block}.")
+        and hasattr(module, "set_processor")
+        and not (name.endswith("attn2") and "SD3" not in type(tiny.network).__name__)
+    ]
+
+
+def perturbed_by_guidance(tiny, guidance, block):
+    with tapped(tiny.network, tiny.grid, lambda: ("cond",), block, guidance.perturb):
+        return tiny()
+
+
+@in_blocks
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_pag_in_every_family(family, block, strength, monkeypatch):
+    tiny = family()
+
+    def identity(q, k, v, mask, scale):
+        image, more = image_in(family, q.shape[2], tiny), torch.zeros(q.shape[2], q.shape[2])
+        more[image, image] = -torch.inf
+        more.fill_diagonal_(0)
+        plain = softmax_attention(q, k, v, mask, scale)
+        return torch.lerp(plain, softmax_attention(q, k, v, mask, scale, more), strength)
+
+    with attention_by_hand(self_attention_of(tiny, block), identity, monkeypatch):
+        expected = tiny()
+    found = perturbed_by_guidance(tiny, PAG(strength=strength), block)
+    assert not torch.allclose(expected, tiny(), atol=1e-4)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@in_blocks
+@pytest.mark.parametrize("sigma", [None, 1.0])
+def test_seg_in_every_family(family, block, sigma, monkeypatch):
+    tiny = family()
+    height, width = tiny.tokens[-2:]
+
+    def weights(side):  # which query contributes how much to which, along one axis
+        size = min(7, side + 1 - side % 2)  # 6 sigma is 6, and odd it is 7
+        kernel = torch.exp(-0.5 * (torch.arange(size) - size // 2).float() ** 2)
+        matrix = torch.zeros(side, side)
+        for i in range(side):
+            for j, w in enumerate(kernel / kernel.sum()):
+                at = i + j - size // 2
+                at = -at if at < 0 else 2 * (side - 1) - at if at >= side else at  # reflected
+                matrix[i, at] += w
+        return matrix
+
+    def smooth(q, k, v, mask, scale):
+        image, q = image_in(family, q.shape[2], tiny), q.clone()
+        frames = q[:, :, image].unflatten(2, (-1, height, width))
+        if sigma is None:
+            frames = frames.mean(dim=(3, 4), keepdim=True).expand_as(frames)
+        else:
+            along = (weights(height), weights(width))
+            frames = torch.einsum("yi,xj,bhfijd->bhfyxd", *along, frames)
+        q[:, :, image] = frames.flatten(2, 4)
+        return softmax_attention(q, k, v, mask, scale)
+
+    with attention_by_hand(self_attention_of(tiny, block), smooth, monkeypatch):
+        expected = tiny()
+    found = perturbed_by_guidance(tiny, SEG(blur_sigma=sigma), block)
+    assert not torch.allclose(expected, tiny(), atol=1e-5)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@in_blocks
+def test_slg_in_every_family(family, block):
+    """Skipping a block is the network without it."""
+    tiny, shorter = family(), family()
+    with around(tiny.network, is_block, bypass, layers=block):
+        skipped = tiny()
+    blocks, _, index = block.partition(".")
+    blocks, index = getattr(shorter.network, blocks), int(index)
+    if family is families.hunyuan_dit:  # here the number of the blocks matters
+        blocks[index].forward = lambda hidden_states, **_: hidden_states
+    elif family is families.chroma:  # here too
+        blocks[index].forward = lambda hidden_states, encoder_hidden_states, **_: (
+            encoder_hidden_states,
+            hidden_states,
+        )
+    else:
+        del blocks[index]
+    assert not torch.allclose(skipped, tiny(), atol=1e-4)
+    torch.testing.assert_close(skipped, shorter(), atol=1e-6, rtol=1e-6)
+
+
+@in_blocks
+def test_sag_reads_the_images_attention_to_itself(family, block, monkeypatch):
+    tiny, state, maps = family(), State(), []
+
+    def remember(q, k, v, mask, scale):
+        image = image_in(family, q.shape[2], tiny)
+        among = softmax_attention(
+            q[:, :, image], k[:, :, image], torch.eye(math.prod(tiny.tokens)), None, scale
+        )
+        maps.append(among.mean(1).sum(1))
+        return softmax_attention(q, k, v, mask, scale)
+
+    with attention_by_hand(self_attention_of(tiny, block), remember, monkeypatch):
+        tiny()
+    with SAG(layers=block).during(step_on(tiny), state):
+        tiny()
+    torch.testing.assert_close(state.mass.flatten(1), maps[0], atol=1e-4, rtol=1e-4)
+    assert state.mass.shape == (families.ROWS, *((1, *tiny.tokens)[-3:]))
+    torch.testing.assert_close(state.mass.flatten(1).mean(1), torch.ones(families.ROWS))
+
+
+def test_sag_blurs_videos_frame_by_frame():
+    """A frame whose attention is nowhere above the mean stays; another is blurred where it is."""
+    x0 = noise(2, 4, 3, 8, 12)
+    mass = torch.ones(2, 3, 4, 6)
+    mass[:, 1, :, :3] = 2.0
+    degraded = SAG().degrade(x0, State(mass=mass))
+    assert torch.equal(degraded[:, :, [0, 2]], x0[:, :, [0, 2]])
+    assert torch.equal(degraded[:, :, 1, :, 6:], x0[:, :, 1, :, 6:])
+    torch.testing.assert_close(
+        degraded[:, :, 1, :, :6], gaussian_blur(x0[:, :, 1], 1.0, kernel=9)[..., :6]
+    )
+    everywhere = BlurGuidance().degrade(x0, State())
+    for frame in range(3):
+        torch.testing.assert_close(everywhere[:, :, frame], gaussian_blur(x0[:, :, frame], 1.0, 9))
+
+
+def test_latents_that_are_no_pictures_cannot_be_blurred():
+    with pytest.raises(GuidanceError, match="on which grid"):
+        BlurGuidance().degrade(noise(2, 24, 4), State())
+
+
+# --- negative text in every family: the whole network on twice the rows ---------------------------
+
+CROSS = [families.pixart, families.sana, families.wan, families.ltx]
+FOR_NAG = [
+    *CROSS,
+    partial(families.wan, from_image=True),
+    families.sd3,
+    families.flux,
+    partial(families.flux, references=True),
+    families.flux2,
+    families.chroma,
+    families.qwen,
+    partial(families.qwen, mask=True),
+    families.hunyuan_video,
+    families.cogvideox,
+    families.cogview3,
+    families.cogview4,
+    families.auraflow,
+]
+
+
+def step_on(tiny, branches=("cond",), negative=None):
+    """As much of a step as NAG and SAG use, on a network without a pipeline."""
+    evaluating = []
+
+    def evaluate(branch, conditions):
+        assert branch == "cond"
+        evaluating[:] = ["cond"]
+        out = tiny(**conditions)
+        evaluating.clear()
+        return out
+
+    def rows_now():
+        return tuple(evaluating) or branches
+
+    def without_uncond(branch):
+        raise GuidanceError("no unconditional branch")
+
+    x = tiny.inputs[tiny.image]
+    return SimpleNamespace(
+        x=torch.stack(x) if isinstance(x, list) else x,
+        needed=("cond",),
+        evaluate=evaluate,
+        encode=lambda prompt: negative,
+        conditions=without_uncond,
+        rows=lambda branch, count: rows_of(rows_now(), branch, count),
+        attention=partial(tapped, tiny.network, tiny.grid, rows_now),
+        around=partial(around, tiny.network),
+    )
+
+
+def doubled(tiny, family, negative, combine, monkeypatch):
+    """The network on [positive, negative] rows with the same image, the image's attention to the
+    text combined and given to both halves; the first half."""
+    count = math.prod(tiny.tokens)
+    of_text = {**tiny.inputs, **negative}
+    inputs = {
+        name: torch.cat([value, of_text[name]])
+        if isinstance(value, torch.Tensor) and value.shape[0] == families.ROWS
+        else value * 2
+        if name == "img_shapes"
+        else value
+        for name, value in tiny.inputs.items()
+    }
+    name = getattr(family, "func", family).__name__
+    registers = 8 if name == "auraflow" else 0
+    texts = tiny.inputs["encoder_hidden_states"].shape[1] + registers
+    image_tokens = tiny.inputs["hidden_states"].shape[1] if tiny.grid == tiny.tokens else count
+
+    def attention(q, k, v, mask, scale):
+        out = softmax_attention(q, k, v, mask, scale)
+        cross = (q.shape[2], k.shape[2]) == (count, texts)
+        joint = q.shape[2] == k.shape[2] == image_tokens + texts
+        if cross or joint:
+            behind = slice(texts, None)  # the text: the image, and reference images
+            stream = slice(0, count) if cross or family in IMAGE_FIRST else behind
+            positive, other = out[:, :, stream].chunk(2)
+            tokens = [each.transpose(1, 2).flatten(2) for each in (positive, other)]
+            guided = combine(*tokens).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+            out[:, :, stream] = guided.repeat(2, 1, 1, 1)
+        return out
+
+    with attention_by_hand([tiny.network], attention, monkeypatch):
+        return tiny(**inputs)[: families.ROWS]
+
+
+@pytest.mark.parametrize("family", FOR_NAG, ids=family_id)
+def test_nag_equals_the_network_on_twice_the_rows(family, monkeypatch):
+    tiny = family()
+    negative = tiny.other_text()
+    expected = doubled(tiny, family, negative, nag_by_hand(3.0, 1.5, 0.6), monkeypatch)
+    plain = tiny()
+    guidance = NAG(3.0, tau=1.5, alpha=0.6, negative_prompt="something")
+    with guidance.during(step_on(tiny, negative=negative), State()):
+        found = tiny()
+        again = tiny()  # a second evaluation of the step starts from the same text
+    assert not torch.allclose(plain, expected, atol=1e-4)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
+    assert torch.equal(found, again)
+    assert torch.equal(tiny(), plain)
+
+
+@pytest.mark.parametrize("family", CROSS, ids=family_id)
+def test_nasa_equals_the_network_on_twice_the_rows(family, monkeypatch):
+    tiny = family()
+    negative = tiny.other_text()
+    expected = doubled(tiny, family, negative, lambda p, n: p - 0.3 * n, monkeypatch)
+    with NASA(0.3, "something").during(step_on(tiny, negative=negative), State()):
+        torch.testing.assert_close(tiny(), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [families.sd3, families.flux, families.qwen], ids=family_id)
+def test_nasa_refuses_joint_attention(family):
+    tiny = family()
+    step = step_on(tiny, negative=tiny.other_text())
+    with pytest.raises(GuidanceError, match="Use NAG"), NASA().during(step, State()):
+        tiny()
+
+
+@pytest.mark.parametrize(
+    "family", [families.dit, families.lumina2, families.z_image], ids=family_id
+)
+def test_networks_whose_blocks_are_given_no_text_are_refused(family):
+    tiny = family()
+    step = step_on(tiny, negative={})
+    with pytest.raises(GuidanceError, match="given a text"), NAG().during(step, State()):
+        tiny()
+
+
+@pytest.mark.parametrize("family", [families.pixart, families.sd3, families.qwen], ids=family_id)
+def test_a_negative_text_may_have_another_length(family, monkeypatch):
+    """Where it has no positions: the same text padded with what nobody sees gives the same."""
+    tiny = family()
+    negative = {"encoder_hidden_states": noise(families.ROWS, 3, families.TEXT_WIDTH, seed=5)}
+    if family is families.pixart:
+        negative["encoder_attention_mask"] = torch.ones(families.ROWS, 3)
+    with NAG(3.0, negative_prompt="x").during(step_on(tiny, negative=negative), State()):
+        found = tiny()
+    assert torch.isfinite(found).all() and not torch.allclose(found, tiny(), atol=1e-4)
+    if family is not families.qwen:
+        return
+    longer = torch.cat([negative["encoder_hidden_states"], noise(families.ROWS, 2, 12)], dim=1)
+    seen = torch.tensor([[1, 1, 1, 0, 0]] * families.ROWS).bool()
+    tiny.inputs["encoder_hidden_states_mask"] = torch.ones(families.ROWS, families.TEXTS).bool()
+    padded = {"encoder_hidden_states": longer, "encoder_hidden_states_mask": seen}
+    with NAG(3.0, negative_prompt="x").during(step_on(tiny, negative=padded), State()):
+        torch.testing.assert_close(tiny(), found, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [families.flux, families.flux2], ids=family_id)
+def test_where_the_text_has_positions_lengths_must_agree(family):
+    tiny = family()
+    negative = {"encoder_hidden_states": noise(families.ROWS, 3, families.TEXT_WIDTH)}
+    expected = pytest.raises(GuidanceError, match="3 tokens and the prompt 5")
+    with expected, NAG(negative_prompt="x").during(step_on(tiny, negative=negative), State()):
+        tiny()
+
+
+@pytest.mark.parametrize("family", [families.pixart, families.flux, families.chroma], ids=family_id)
+def test_nag_leaves_the_unconditional_rows_alone(family):
+    tiny = family()
+    first = {name: value[:1] for name, value in tiny.inputs.items() if name == tiny.text}
+    plain = tiny()
+    negative = {name: value.repeat(1, 1, 1) for name, value in first.items()}
+    step = step_on(tiny, branches=("uncond", "cond"), negative=negative)
+    step.x = step.x[:1]  # one sample, of which the network sees two branches
+
+    def evaluate(branch, conditions):
+        one = {
+            name: value[:1]
+            if isinstance(value, torch.Tensor) and value.shape[0] == families.ROWS
+            else value
+            for name, value in tiny.inputs.items()
+        }
+        return tiny(**{**one, **conditions})
+
+    step.evaluate = evaluate
+    with NAG(3.0, negative_prompt="x").during(step, State()):
+        guided = tiny()
+    torch.testing.assert_close(guided[:1], plain[:1], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(guided[1:], plain[1:], atol=1e-4)
+
+
+def test_nag_on_stable_diffusion_3():
+    """End to end: with CFG and PAG, per sample, off at phi 0, and nothing left behind."""
     pipe = tiny_sd3()
-    with pytest.raises(GuidanceError, match="no layer"), (CFG() + NAG()).attach(pipe):
-        call_sd3(pipe)
+    plain = call_sd3(pipe)
+    with (CFG() + NAG(4.0, alpha=0.5)).attach(pipe) as guidance:
+        together, alone = call_sd3(pipe, 2), call_sd3(pipe)
+        assert guidance.report().rows == 2 * STEPS
+    torch.testing.assert_close(together[:1], alone, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(alone, plain, atol=1e-4)
+    with (CFG() + PAG(2.0) + SAG(0.5) + NAG(4.0)).attach(pipe) as guidance:
+        assert torch.isfinite(call_sd3(pipe)).all()
+        assert guidance.report().rows == 4 * STEPS
+    with (CFG() + NAG(0.0)).attach(pipe):
+        assert torch.equal(call_sd3(pipe), plain)
+    assert torch.equal(call_sd3(pipe), plain)

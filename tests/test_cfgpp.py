@@ -186,7 +186,6 @@ def test_lambda_zero_is_unconditional_and_correction_is_not_lost(name, predictio
         "KDPM2DiscreteScheduler",
         "DPMSolverSinglestepScheduler",
         "PNDMScheduler",
-        "LCMScheduler",
     ],
 )
 def test_other_schedulers_are_refused_before_the_first_step(name):

@@ -606,6 +606,9 @@ def test_what_a_strategy_sees(name, prediction_type):
     if name == "HeunDiscreteScheduler":
         assert indices == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
         assert stages == [0, 1] * 5 + [0]
+    elif name == "PNDMScheduler":  # looks twice at its first step
+        assert indices == [0, 0, 1, 2, 3, 4, 5]
+        assert stages == [0, 1, 0, 0, 0, 0, 0]
     else:
         assert stages == [0] * len(stages)
     first = guidance.seen[0][2]

@@ -77,6 +77,7 @@ LAWS = {
     ),
     "internal": (dict(scale=1.0, cfg=6.0), lambda w: dict(scale=1.0, cfg=w)),
     "perp-neg": (dict(negatives=["a blue ring"], scale=6.0), lambda w: dict(scale=w)),
+    "embedded": (dict(scale=3.0), None),
     "cads": (dict(scale=6.0), lambda w: dict(scale=w)),
     "nlg": (dict(scale=6.0, refinements=3), lambda w: dict(scale=w)),
     "feedback": (

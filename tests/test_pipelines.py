@@ -7,22 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny import tiny_sd, tiny_sdxl
+from tiny_families import final_latents, fresh
 
 from guidancekit import APG, GuidanceError
 
 FOLDER = Path(__file__).parents[1] / "pipelines"
-FILES = {"stable_diffusion.py": tiny_sd, "stable_diffusion_xl.py": tiny_sdxl}
-
-
-def call(pipe, **options):
-    return pipe(
-        "a red star",
-        num_inference_steps=4,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    ).images
+FILES = {
+    "stable_diffusion.py": "sd15",
+    "stable_diffusion_xl.py": "sdxl",
+    "stable_diffusion_3.py": "sd3",
+    "pixart_sigma.py": "pixart-sigma",
+    "sana.py": "sana",
+    "flux.py": "flux",
+    "qwen_image.py": "qwen-image",
+    "wan.py": "wan",
+}
 
 
 def test_every_file_is_tested():
@@ -31,22 +30,27 @@ def test_every_file_is_tested():
 
 @pytest.mark.parametrize("name", FILES)
 def test_guidance_argument(name, tmp_path):
-    plain_pipe = FILES[name]()
+    family = FILES[name]
+    plain_pipe = fresh(family)
     plain_pipe.save_pretrained(tmp_path)
+    missing = {part: None for part, value in plain_pipe.components.items() if value is None}
     pipe = DiffusionPipeline.from_pretrained(
-        tmp_path, custom_pipeline=str(FOLDER / name), trust_remote_code=True
+        tmp_path, custom_pipeline=str(FOLDER / name), trust_remote_code=True, **missing
     )
     pipe.set_progress_bar_config(disable=True)
-    plain = call(plain_pipe)
-    assert torch.equal(call(pipe), plain)
+    assert isinstance(pipe, type(plain_pipe)) and type(pipe) is not type(plain_pipe)
+    plain = final_latents(family, plain_pipe, 5.0)
+    assert torch.equal(final_latents(family, pipe, 5.0), plain)
 
-    with APG(9.0).attach(plain_pipe):
-        expected = call(plain_pipe)
+    reference = APG(9.0)
+    with reference.attach(plain_pipe):
+        expected = final_latents(family, plain_pipe, 5.0)
     guidance = APG(9.0)
-    assert torch.equal(call(pipe, guidance=guidance), expected)
-    assert guidance.report().rows == 8 and guidance.attachment is None
-    assert torch.equal(call(pipe, guidance="apg(9.0)"), expected)
-    assert torch.equal(call(pipe), plain), "guidance acts in its own call only"
+    assert torch.equal(final_latents(family, pipe, 5.0, guidance=guidance), expected)
+    assert not torch.equal(expected, plain)
+    assert guidance.report().rows == reference.report().rows and guidance.attachment is None
+    assert torch.equal(final_latents(family, pipe, 5.0, guidance="apg(9.0)"), expected)
+    assert torch.equal(final_latents(family, pipe, 5.0), plain), "guidance acts in its own call"
 
     with pytest.raises(GuidanceError, match="did you mean apg"):
-        call(pipe, guidance="appg")
+        final_latents(family, pipe, 5.0, guidance="appg")

@@ -8,7 +8,6 @@ diffusers' HookRegistry), which sees every evaluation, and the scheduler's `set_
 from __future__ import annotations
 
 import functools
-import sys
 import types
 import warnings
 import weakref
@@ -19,7 +18,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.hooks import HookRegistry, ModelHook
 
-from .run import Run, denoiser
+from .frames import scope_of
+from .run import Run, denoisers, networks
 
 if TYPE_CHECKING:
     from ..guidance import Guidance
@@ -28,11 +28,14 @@ _HOOK = "guidancekit"
 
 
 class Attachment:
-    """One guidance on one pipeline. It holds the guidance weakly and comes off when that dies."""
+    """One guidance on one pipeline. It holds the guidance weakly and comes off when that dies.
 
-    def __init__(self, guidance: Guidance, pipe: Any) -> None:
-        self.pipe = pipe
-        self.denoiser = denoiser(pipe)
+    With `once` it serves the run that is under way, and comes off after its last step.
+    """
+
+    def __init__(self, guidance: Guidance, pipe: Any, once: bool = False) -> None:
+        self.pipe, self.once = pipe, once
+        self.denoisers = denoisers(pipe)
         self.scheduler: Any = None
         self.installed = True
         self.entered = False
@@ -40,23 +43,34 @@ class Attachment:
         self.used = False
         self._guidance = weakref.ref(guidance)
         self._description = repr(guidance)
-        self._patch_denoiser()
+        self._patch_denoisers()
         self._patch_scheduler()
         weakref.finalize(guidance, _discard, self).atexit = False
+        if once:
+            self._start()
 
     # --- installing and removing ----------------------------------------------------------------
 
-    def _patch_denoiser(self) -> None:
-        found = vars(self.denoiser).get("_diffusers_hook")
-        if isinstance(found, HookRegistry):
-            other = found.get_hook(_HOOK)
+    def _patch_denoisers(self) -> None:
+        """Hook the pipeline's networks, and note what removing the hooks would leave behind."""
+        self.denoisers = denoisers(self.pipe)
+        self._new = []
+        for network in self.denoisers:
+            found = vars(network).get("_diffusers_hook")
+            other = found.get_hook(_HOOK) if isinstance(found, HookRegistry) else None
             if isinstance(other, DenoiserHook):
-                other.attachment.remove()
-        self._found = [
-            name for name in ("forward", "_diffusers_hook") if name in vars(self.denoiser)
-        ]
-        registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
-        registry.register_hook(DenoiserHook(self), _HOOK)
+                other.remove(network)
+            self._new.append({"forward", "_diffusers_hook"} - vars(network).keys())
+            registry = HookRegistry.check_if_exists_or_initialize(network)
+            registry.register_hook(DenoiserHook(self, network), _HOOK)
+
+    def _unpatch_denoisers(self) -> None:
+        for network, new in zip(self.denoisers, self._new, strict=True):
+            registry = HookRegistry.check_if_exists_or_initialize(network)
+            registry.remove_hook(_HOOK, recurse=False)
+            if not registry.hooks:
+                for name in new:
+                    vars(network).pop(name, None)
 
     def _patch_scheduler(self) -> None:
         """Replace the scheduler's methods on the instance (it is not a module, it has no hooks)."""
@@ -80,14 +94,25 @@ class Attachment:
         """Take every hook off; denoiser and scheduler are as they were found."""
         if not self.installed:
             return
+        if self.entered and self.lost:
+            warnings.warn(
+                f"The networks and the scheduler of the pipeline were replaced after "
+                f"{self._description} was attached: it has not guided what was run since.",
+                stacklevel=2,
+            )
         self.installed = False
         self.run = None
         self._unpatch_scheduler()
-        registry = HookRegistry.check_if_exists_or_initialize(self.denoiser)
-        registry.remove_hook(_HOOK, recurse=False)
-        if not registry.hooks:
-            for name in {"forward", "_diffusers_hook"} - set(self._found):
-                vars(self.denoiser).pop(name, None)
+        self._unpatch_denoisers()
+
+    @property
+    def lost(self) -> bool:
+        """Whether networks and scheduler were all replaced, so that no run can be seen any more."""
+        kept = any(network in self.denoisers for network in networks(self.pipe))
+        return self.pipe.scheduler is not self.scheduler and not kept
+
+    def __deepcopy__(self, memo: Any) -> Attachment:
+        return self  # the pipeline is not copied with one of its networks
 
     # --- the course of a run --------------------------------------------------------------------
 
@@ -99,11 +124,15 @@ class Attachment:
 
     def _start(self) -> None:
         guidance = self._guidance()
-        callback = _callback_of_running(self.pipe)
+        scope = scope_of(self.pipe)
+        if scope is not None and denoisers(self.pipe) != self.denoisers:  # replaced since
+            self._unpatch_denoisers()
+            self._patch_denoisers()
         cut_short = self.run is not None and not self.run.finished
         self.run = None
-        if guidance is None or callback is _NOT_RUNNING:
+        if guidance is None or scope is None:
             return
+        callback = scope.get("callback_on_step_end")
         if cut_short and not self.entered and not _mentions(callback, guidance):
             # Outside a block only a call that names the guidance still means it now: perhaps the
             # object is alive only because a traceback holds it.
@@ -118,7 +147,11 @@ class Attachment:
         self.used = True
 
     def denoise(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        network: torch.nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """One call of the denoiser by the pipeline."""
         if self.pipe.scheduler is not self.scheduler:
@@ -126,43 +159,45 @@ class Attachment:
             self._patch_scheduler()
             self._start()
         run = self.run
-        if run is None or (run.finished and _callback_of_running(self.pipe) is _NOT_RUNNING):
+        if run is None or (run.finished and scope_of(self.pipe) is None):
             return forward(*args, **kwargs)
-        return run.denoise(forward, args, kwargs)
+        return run.denoise(network, forward, args, kwargs)
 
     def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's `step`."""
-        if self.run is None or self.run.call is None:
+        if self.run is None or self.run.passes is None:
             return step(*args, **kwargs)
-        return self.run.finish_step(step, *args, **kwargs)
+        run = self.run
+        result = run.finish_step(step, *args, **kwargs)
+        if run.finished and self.once:
+            self.remove()
+        return result
 
 
 class DenoiserHook(ModelHook):
-    """Hands every call of the denoiser to the attachment."""
+    """Hands every call of a denoiser to the attachment."""
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attachment, network: torch.nn.Module) -> None:
         super().__init__()
-        self.attachment = attachment
+        self.attachment, self.network = attachment, network
+        self.caller: Any = network
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.caller = module
+        return args, kwargs
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.attachment.denoise(self.fn_ref.original_forward, args, kwargs)
+        caller, self.caller = self.caller, self.network
+        if caller is not self.network:  # a copy of it, whose hooks still lead here
+            return type(caller).forward(caller, *args, **kwargs)
+        return self.attachment.denoise(self.network, self.fn_ref.original_forward, args, kwargs)
 
-
-_NOT_RUNNING = object()
-
-
-def _callback_of_running(pipe: Any) -> Any:
-    """The `callback_on_step_end` of the call of `pipe` that is under way, or `_NOT_RUNNING`.
-
-    Read from the call stack: pipelines offer no other way to tell, before the first step, whose
-    run this is (two pipelines may share a denoiser) and what it was asked for.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
-            return frame.f_locals.get("callback_on_step_end")
-        frame = frame.f_back
-    return _NOT_RUNNING
+    def remove(self, network: Any) -> None:
+        """Make room for another guidance on `network`, which may be a copy of the one hooked."""
+        if network is self.network and self.attachment.installed:
+            self.attachment.remove()
+        else:
+            network._diffusers_hook.remove_hook(_HOOK, recurse=False)
 
 
 def _mentions(callback: Any, guidance: Guidance) -> bool:

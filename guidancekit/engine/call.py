@@ -1,8 +1,10 @@
-"""One denoiser call of a pipeline, split into the rows of its branches."""
+"""The denoiser calls of one step of a pipeline, split into the rows of its branches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,81 +13,89 @@ from torch import Tensor
 
 from ..errors import GuidanceError
 from ..step import Branch
+from .arguments import Arguments, Rows, joined
 from .layers import rows_of
+from .shapes import Layout
 
-_CONDITIONS = ("encoder_hidden_states", "text_embeds", "pooled_projections", "class_labels")
-_SAMPLE_NAMES = ("sample", "hidden_states")
+_CONDITIONS = re.compile(
+    r"encoder_hidden_states(_(?!mask|image)\w+)?|cap_feats|text_embeds|pooled_(projections|embeds)"
+    r"|class_labels|guidance"
+)
 
 
 class Call:
-    """The arguments of one denoiser call whose batch is the concatenation of `branches`.
-
-    Diffusers' batched pipelines call the network once on ``[uncond, cond]`` (or on the condition
-    alone). Every batch-sized tensor in the arguments, however nested, belongs to the rows.
-    """
+    """One denoiser call, whose batch is the concatenation of `branches`."""
 
     def __init__(
         self,
+        network: torch.nn.Module,
         forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        given: Arguments,
         branches: tuple[Branch, ...],
+        layout: Layout,
     ) -> None:
-        self.forward, self.args, self.kwargs, self.branches = forward, args, kwargs, branches
-        self.rows = self.sample.shape[0]
-        if self.rows % len(branches):
-            raise GuidanceError(
-                f"The network was called on {self.rows} rows, expected a multiple of "
-                f"{len(branches)} ({', '.join(branches)}): this pipeline batches its branches in a "
-                "way that guidancekit does not know."
-            )
+        self.network, self.forward, self.given = network, forward, given
+        self.branches, self.layout = branches, layout
+        self.rows = len(self.sample)
         self.batch = self.rows // len(branches)
         self.reply: Any = None
-        self.moved = False
+        self._deferred: Any = None
 
     @property
-    def sample(self) -> Tensor:
-        """The noisy input of all branches, [rows, C', ...]."""
-        if self.args:
-            return self.args[0]
-        name = next(name for name in _SAMPLE_NAMES if name in self.kwargs)
-        return self.kwargs[name]
+    def sample(self) -> Rows:
+        """The noisy input of all rows, as the network takes it."""
+        return self.given.sample
 
     @property
-    def timestep(self) -> Tensor:
-        """The timestep argument: a scalar, or one value per sample."""
-        return _take(self._timestep, slice(-self.batch, None), self.rows)
+    def timestep(self) -> Any:
+        """The timestep argument: a scalar, or one value (or more) per sample."""
+        return self.given.rows_of(self.given.time, range(self.rows - self.batch, self.rows))
 
     @property
-    def _timestep(self) -> Any:
-        """The timestep argument of all rows."""
-        return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
+    def dtype(self) -> torch.dtype:
+        """The network's."""
+        return self.sample[0].dtype
 
-    def x(self, channels: int) -> Tensor:
-        """The noisy latent [B, channels, ...]; inpainting networks read more channels after it."""
-        return self.sample[-self.batch :, :channels]
+    @property
+    def x(self) -> Tensor:
+        """The noisy latent [B, ...]; some networks read more channels or tokens after it."""
+        return self.layout.unpack(self.layout.cut(self.sample[-self.batch :]))
 
     def conditions(self, branch: Branch) -> dict[str, Tensor]:
-        """The tensors [B, ...] that a branch is conditioned on, by argument name."""
-        return {
-            name: tensor[self._rows(branch)]
-            for name, tensor in _named_tensors(self.kwargs).items()
-            if name in _CONDITIONS and tensor.shape[0] == self.rows
-        }
+        """The tensors [B, ...] that a branch is conditioned on, by argument name.
+
+        A list of texts (Z-Image) is one of them where all have the same length.
+        """
+        found = {}
+        for name, rows in self.given.batches.items():
+            if _CONDITIONS.fullmatch(name) and len(rows) == self.rows:
+                own = rows[self._rows(branch)]
+                if isinstance(own, Tensor):
+                    found[name] = own
+                elif len({each.shape for each in own}) == 1:
+                    found[name] = torch.stack(own)
+        return found
+
+    @property
+    def masked(self) -> bool:
+        """Whether parts of the texts are masked, so that others cannot take their place."""
+        masks = [rows for name, rows in self.given.batches.items() if "mask" in name]
+        return any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
 
     def with_conditions(self, changed: dict[Branch, dict[str, Tensor]]) -> Call:
         """The same call, its branches conditioned on other tensors."""
-        each = [changed.get(branch) or self.conditions(branch) for branch in self.branches]
-        joined = {name: torch.cat([one[name] for one in each]) for name in each[0]}
-        return self._copy(kwargs=_with_named(self.kwargs, joined))
+
+        def renew(name: str, rows: Rows) -> Rows:
+            each = (changed.get(b, {}).get(name, rows[self._rows(b)]) for b in self.branches)
+            return joined([*each], like=rows)
+
+        names = {name for values in changed.values() for name in values}
+        return self._with(self.given.renewed(names, renew))
 
     def with_latent(self, x: Tensor) -> Call:
-        """The same call at another latent [B, channels, ...]."""
-        sample = self.sample.clone()
-        sample[:, : x.shape[1]] = x.repeat(len(self.branches), *[1] * (x.ndim - 1))
-        moved = self._copy(*_replace(self.args, self.kwargs, 0, _SAMPLE_NAMES, sample))
-        moved.moved = True
-        return moved
+        """The same call at another latent [B, ...]."""
+        rows = self.layout.pack(x).repeat(len(self.branches), *[1] * len(self.layout.shape))
+        return self._with(self.given.with_sample(self.layout.paste(rows, self.sample)))
 
     def evaluate(
         self,
@@ -94,107 +104,137 @@ class Call:
         timestep: Any = None,
         conditions: dict[str, Tensor] | None = None,
         network: Callable[..., Any] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
-        """Network output for one branch, [B, C, ...], or for all where `branch` is None.
+        """Network output for one branch, [B, C, ...], or for all rows where `branch` is None.
 
-        Optionally at another (x, t), under other conditions, or through another network that takes
-        the same arguments.
+        Optionally at another (x, t), under other conditions, through another network that takes the
+        same arguments, or for some `rows` only.
         """
-        args, kwargs, rows = self.args, self.kwargs, slice(0, self.rows)
+        given, chosen = self.given, list(range(self.rows))
         if branch is not None:
-            rows = self._rows(branch)
-            args, kwargs = (_take(value, rows, self.rows) for value in (args, kwargs))
+            chosen = chosen[self._rows(branch)]
+        if rows is not None:
+            chosen = [chosen[i] for i in rows]
+        if len(chosen) < self.rows:
+            given = given.take(chosen)
         if x is not None:
-            sample = self.sample[rows].clone()
-            sample[:, : x.shape[1]] = x
-            args, kwargs = _replace(args, kwargs, 0, _SAMPLE_NAMES, sample)
+            given = given.with_sample(self.layout.paste(self.layout.pack(x), given.sample))
         if timestep is not None:
-            timestep = _per_row(timestep, like=self._timestep, rows=rows.stop - rows.start)
-            args, kwargs = _replace(args, kwargs, 1, ("timestep",), timestep)
+            given = given.with_time(timestep, len(chosen))
         if conditions is not None:
-            kwargs = _with_named(kwargs, conditions)
-        self.reply = (network or self.forward)(*args, **kwargs)
-        return self.reply[0]
+            given = given.renewed(
+                {*conditions}, lambda name, rows: joined([conditions[name]], like=rows)
+            )
+        self.reply = given.pass_to(network or self.forward)
+        return self.layout.sign * self.layout.unpack(self.layout.cut(self.reply[0]))
 
-    def answer(self, **values: Tensor) -> Any:
+    def answer(self, values: Mapping[Branch, Tensor]) -> Any:
         """What the network would have returned, had it predicted `values` for each branch.
 
-        Where all branches are the guided prediction, the pipeline's own u + s (c - u) is that
-        prediction, exactly and whatever s.
+        `values` are rows of latents as the network predicts them, [B, *layout.shape].
         """
-        rows = torch.cat([values[branch] for branch in self.branches])
+        latents = torch.cat([values[branch] for branch in self.branches])
+        rows = self.layout.paste(latents, self._template())
         if self.reply is None:  # nothing was evaluated
-            wants_tuple = self.kwargs.get("return_dict") is False
+            wants_tuple = self.given.values.get("return_dict") is False
             return (rows,) if wants_tuple else Transformer2DModelOutput(sample=rows)
         if isinstance(self.reply, tuple):
             return (rows, *self.reply[1:])
         return type(self.reply)(sample=rows)
 
+    def defer(self) -> Any:
+        """An answer whose values `fill` writes later: the pipeline keeps it until it combines."""
+        nothing = self.sample[0].new_zeros(self.batch, *self.layout.shape)
+        answer = self.answer(dict.fromkeys(self.branches, nothing))
+        self._deferred = answer[0]
+        return answer
+
+    def fill(self, latents: Tensor) -> None:
+        """Write the values [B, *layout.shape] of the answer that `defer` gave, if it did."""
+        if self._deferred is not None:
+            self.layout.cut(self._deferred).copy_(latents)
+
+    def _template(self) -> Rows:
+        """Rows of the network's output: some predict more channels than there are latents."""
+        config = getattr(self.network, "config", {})
+        sample = self.sample
+        if isinstance(sample, list):
+            return sample
+        shape = list(self.layout.shape)
+        if len(shape) == 3:  # images: learned sigmas come after the latents' channels
+            width = config.get("out_channels") or shape[0]
+            shape[0] = max(width, (1 + bool(config.get("learn_sigma"))) * shape[0])
+        if self.reply is not None:
+            shape = list(self.reply[0].shape[1:])
+        return sample.new_zeros(self.rows, *shape)
+
     def _rows(self, branch: Branch) -> slice:
-        if branch not in self.branches:
-            raise GuidanceError(
-                f"The {branch} prediction is needed, but the pipeline was called without it: give "
-                "a guidance_scale above 1."
-            )
         return rows_of(self.branches, branch, self.rows)
 
-    def _copy(self, args: Any = None, kwargs: Any = None) -> Call:
-        copied = Call(
-            self.forward,
-            self.args if args is None else args,
-            self.kwargs if kwargs is None else kwargs,
-            self.branches,
+    def _with(self, given: Arguments) -> Call:
+        return Call(self.network, self.forward, given, self.branches, self.layout)
+
+
+class Passes:
+    """The calls by which a pipeline asks for the branches of one step: one for all, or one each."""
+
+    def __init__(self, *calls: Call, moved: bool = False) -> None:
+        self.calls = calls
+        self.moved = moved
+        self.counts: dict[str, int] = {}
+
+    @property
+    def last(self) -> Call:
+        """The latest call, which is the one to answer."""
+        return self.calls[-1]
+
+    @property
+    def joint(self) -> bool:
+        """Whether one call holds several branches."""
+        return len(self.last.branches) > 1
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return tuple(branch for call in self.calls for branch in call.branches)
+
+    def of(self, branch: Branch) -> Call:
+        """The call that holds a branch."""
+        for call in self.calls:
+            if branch in call.branches:
+                return call
+        raise GuidanceError(
+            f"The {branch} prediction is needed in a step in which the pipeline does not ask for "
+            "it. Give it a guidance scale above 1 (and, where it takes true_cfg_scale, a negative "
+            "prompt), and leave out branches by an Interval, not by its cfg_truncation or the like."
         )
-        copied.moved = self.moved
-        return copied
 
+    def conditions(self, branch: Branch) -> dict[str, Tensor]:
+        return self.of(branch).conditions(branch)
 
-def _named_tensors(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of nested keyword arguments by their own name."""
-    found: dict[str, Tensor] = {}
-    for name, value in kwargs.items():
-        if isinstance(value, Mapping):
-            found |= _named_tensors(value)
-        elif isinstance(value, Tensor) and value.ndim:
-            found[name] = value
-    return found
+    def with_conditions(self, changed: dict[Branch, dict[str, Tensor]]) -> Passes:
+        return self._map(
+            lambda call: call.with_conditions(changed) if {*changed} & {*call.branches} else call
+        )
 
+    def with_latent(self, x: Tensor) -> Passes:
+        passes = self._map(lambda call: call.with_latent(x))
+        passes.moved = True
+        return passes
 
-def _with_named(kwargs: Mapping[str, Any], values: dict[str, Tensor]) -> dict[str, Any]:
-    """Nested keyword arguments with the tensors of those names replaced, in their own dtype."""
-    return {
-        name: _with_named(value, values)
-        if isinstance(value, Mapping)
-        else values[name].to(value.dtype)
-        if name in values
-        else value
-        for name, value in kwargs.items()
-    }
+    def evaluate(self, branch: Branch | None = None, **changes: Any) -> Tensor:
+        """Network output of one branch, or of all rows of the joint call.
 
+        Each evaluation of a step keeps its own entry in a cache such as FirstBlockCache.
+        """
+        call = self.last if branch is None else self.of(branch)
+        name = " ".join(
+            map(str, ("cond_uncond" if branch is None else branch, *(changes.get("rows") or ())))
+        )
+        count = self.counts[name] = self.counts.get(name, 0) + 1
+        cached = getattr(call.network, "cache_context", lambda name: nullcontext())
+        with cached(name if count == 1 else f"{name} {count}"):
+            return call.evaluate(branch, **changes)
 
-def _take(value: Any, rows: slice, count: int) -> Any:
-    """Keep `rows` of every tensor with `count` rows inside nested arguments."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim and value.shape[0] == count else value
-    if isinstance(value, Mapping):
-        return {key: _take(item, rows, count) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(item, rows, count) for item in value)
-    return value
-
-
-def _per_row(timestep: Any, like: Any, rows: int) -> Any:
-    """A timestep in the form in which the network takes it: a scalar, or one value per row."""
-    if not isinstance(timestep, Tensor) or timestep.ndim or getattr(like, "ndim", 0) == 0:
-        return timestep
-    return timestep.expand(rows)
-
-
-def _replace(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, names: tuple[str, ...], value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace one argument, given by position or by name."""
-    if index < len(args):
-        return (*args[:index], value, *args[index + 1 :]), kwargs
-    name = next(name for name in names if name in kwargs)
-    return args, {**kwargs, name: value}
+    def _map(self, change: Callable[[Call], Call]) -> Passes:
+        return Passes(*map(change, self.calls), moved=self.moved)

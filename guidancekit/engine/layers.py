@@ -1,62 +1,57 @@
 """Reaching into the network: its layers wrapped for the length of a context, attention included.
 
 The modules themselves are wrapped, and their own processors run inside, so that IP-Adapters, LoRA,
-fused projections, masks and norms keep working. Nothing is left behind, exception or not.
+fused projections, masks, norms and rotary embeddings keep working. Wrappers come off at the end,
+exception or not.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import GuidanceError
 from ..step import Branch
+from .kernels import Attend, Watch, watch_of
+from .sequence import Place, Sequence, grid_of, rows_of
+
+__all__ = [
+    "Attend",
+    "Layer",
+    "Place",
+    "Tap",
+    "around",
+    "grid_of",
+    "rows_of",
+    "sees_text",
+    "streams_of",
+    "tapped",
+    "unseen",
+]
 
 
-@dataclass
-class Place:
-    """Where a tapped attention call happens.
+class Layer:
+    """The forward of a layer as it is; called like it. `module` is the layer itself."""
 
-    `grid` is the (height, width) of the image tokens, which are the first `image` ones of the
-    sequence (joint attention appends text); `branches` are the branches of the rows, in order;
-    `call` counts the tapped calls of this evaluation.
-    """
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        wrappers = vars(module).get(_WRAPPERS)
+        self.forward: Callable[..., Any] = wrappers[-1] if wrappers else module.forward
+        self.names = tuple(inspect.signature(type(module).forward).parameters)[1:]
 
-    grid: tuple[int, int]
-    image: int
-    branches: tuple[Branch, ...]
-    call: int
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
-    def rows(self, branch: Branch, count: int) -> slice:
-        """The rows of a branch among `count`; none if the branch is not being evaluated."""
-        return rows_of(self.branches, branch, count)
-
-
-Tap = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor], Place], Tensor]
-"""``tap(q, k, v, attend, place)`` stands in for scaled dot-product attention.
-
-q, k, v are [rows, heads, tokens, width]; `attend(q, k, v, mask=None)` is the attention as it would
-have been, with an additive mask on top if one is given.
-"""
-
-
-def rows_of(branches: tuple[Branch, ...], branch: Branch, count: int) -> slice:
-    """The rows of `branch` among `count` rows of `branches`; none if it is not one of them."""
-    if branch not in branches:
-        return slice(0, 0)
-    size = count // len(branches)
-    start = branches.index(branch) * size
-    return slice(start, start + size)
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 @contextmanager
@@ -67,82 +62,199 @@ def around(
     layers: str = "",
     what: str = "",
 ) -> Iterator[None]:
-    """Run `wrapper(forward, *args, **kwargs)` in place of the forward of every matching module.
+    """Run `wrapper(layer, *args, **kwargs)` in place of the forward of every matching module.
 
-    `layers` narrows the modules down by name, see `named`. Raises `GuidanceError` if none is left,
-    calling them `what`.
+    `layer` is a `Layer`, called like the forward. `layers` narrows the modules down by name: "mid",
+    or comma-separated names such as "blocks.1", of whole components, so that this is one block and
+    not also blocks.10 to 19; "mid" is the mid block of a UNet, or the middle one of a transformer's
+    blocks. Raises `GuidanceError` if none matches (`what` says what is missing), or if one of the
+    names matches none.
     """
-    is_named = named(network, layers) if layers else lambda name: True
-    found = [
-        module
-        for name, module in network.named_modules()
-        if is_named(name) and matches(name, module)
-    ]
-    if not found:
-        what = what or f"layer {layers!r} of the kind asked for"
-        raise GuidanceError(f"{type(network).__name__} has no {what}.")
-    patched: list[tuple[nn.Module, Any]] = []
-    try:
-        for module in found:
-            patched.append((module, vars(module).get("forward")))
-            module.forward = functools.partial(wrapper, module.forward)
+    found = _find(network, matches, layers, what)
+    with _patched(found, lambda module: functools.partial(wrapper, Layer(module))):
         yield
-    finally:
-        for module, forward in reversed(patched):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
-def named(network: nn.Module, layers: str) -> Callable[[str], bool]:
-    """A test of module names: `layers` is "mid", or comma-separated names such as "blocks.1".
+def _find(
+    network: nn.Module, matches: Callable[[str, nn.Module], bool], layers: str, what: str = ""
+) -> list[nn.Module]:
+    """The matching modules of those names, see `around`."""
+    network = _uncompiled(network)
+    found = {name: each for name, each in network.named_modules() if name and matches(name, each)}
+    if not found:
+        raise GuidanceError(f"{type(network).__name__} has no {what or 'layer of that kind'}.")
+    if not layers:
+        return list(found.values())
+    chosen: dict[str, nn.Module] = {}
+    for part in filter(None, map(str.strip, layers.split(","))):
+        whole = _middle(network) if part == "mid" else part
+        pattern = re.compile(rf"(^|\.){re.escape(whole)}(\.|$)")
+        named = {name: each for name, each in found.items() if pattern.search(name)}
+        if not named:
+            raise GuidanceError(
+                f"{type(network).__name__} has no layer {part!r} of the kind asked for."
+            )
+        chosen |= named
+    return list(chosen.values())
 
-    A name matches whole components: "blocks.1" is one block, not also blocks.10 to 19. "mid" is the
-    mid block of a UNet, or the middle one of a transformer's blocks.
+
+@contextmanager
+def _patched(
+    modules: Iterable[nn.Module], wrap: Callable[[nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """`wrap(module)` stands in for the forward of each module inside."""
+    with ExitStack() as stack:
+        for module in modules:
+            wrapper = wrap(module)
+            _put_on(module, wrapper)
+            stack.callback(_take_off, module, wrapper)
+        yield
+
+
+def _put_on(module: Any, wrapper: Callable[..., Any]) -> None:
+    if _WRAPPERS not in vars(module):
+        setattr(module, _WRAPPERS, [vars(module).get("forward")])
+        # A method, and the same for all: compiled networks need not be compiled for each wrapper.
+        module.forward = types.MethodType(_outermost, module)
+    vars(module)[_WRAPPERS].append(wrapper)
+
+
+def _take_off(module: Any, wrapper: Callable[..., Any]) -> None:
+    wrappers = vars(module)[_WRAPPERS]
+    wrappers.remove(wrapper)
+    if len(wrappers) > 1:
+        return
+    delattr(module, _WRAPPERS)
+    del module.forward
+    if wrappers[0] is not None:
+        module.forward = wrappers[0]
+
+
+def _outermost(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module._guidancekit_wrappers[-1](*args, **kwargs)
+
+
+_WRAPPERS = "_guidancekit_wrappers"
+"""Where a layer keeps its wrappers, the outermost last, behind the forward that it had itself."""
+
+
+def _uncompiled(network: nn.Module) -> nn.Module:
+    """The network inside torch.compile's own module."""
+    inner: nn.Module = getattr(network, "_orig_mod", network)
+    return inner
+
+
+def _middle(network: nn.Module) -> str:
+    """The name of the mid block of a UNet, or of the middle one of a transformer's blocks."""
+    if hasattr(network, "mid_block"):
+        return "mid_block"
+    attention = [name for name, each in network.named_modules() if _sees_image(name, each)]
+    blocks = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in attention))
+    return blocks[len(blocks) // 2] if blocks else "mid"
+
+
+_IMAGE, _TEXT = "hidden_states", "encoder_hidden_states"
+_STREAMS = {
+    (_IMAGE,): (
+        "BasicTransformerBlock",
+        "WanTransformerBlock",
+        "LTXVideoTransformerBlock",
+        "SanaTransformerBlock",
+        "HunyuanDiTBlock",
+        "AuraFlowSingleTransformerBlock",
+        "ChromaSingleTransformerBlock",
+        "Flux2SingleTransformerBlock",
+        "Lumina2TransformerBlock",
+    ),
+    ("x",): ("ZImageTransformerBlock",),
+    (_TEXT, _IMAGE): (
+        "JointTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "Flux2TransformerBlock",
+        "ChromaTransformerBlock",
+        "QwenImageTransformerBlock",
+        "AuraFlowJointTransformerBlock",
+    ),
+    (_IMAGE, _TEXT): (
+        "CogVideoXBlock",
+        "CogView3PlusTransformerBlock",
+        "CogView4TransformerBlock",
+        "HunyuanVideoTransformerBlock",
+        "HunyuanVideoSingleTransformerBlock",
+        "HunyuanVideoTokenReplaceTransformerBlock",
+        "HunyuanVideoTokenReplaceSingleTransformerBlock",
+    ),
+}
+
+
+def streams_of(module: nn.Module) -> tuple[str, ...]:
+    """What a transformer block returns, by the names of its arguments that it replaces.
+
+    "hidden_states" (or "x") is the image, or image and text in one; "encoder_hidden_states" is the
+    text. Nothing for modules that are no block that guidancekit knows.
     """
-    wanted = [part.strip() for part in layers.split(",") if part.strip()]
-    if "mid" in wanted and not hasattr(network, "mid_block"):
-        blocks = [name for name, _ in network.named_modules() if re.fullmatch(r"\w+\.\d+", name)]
-        wanted[wanted.index("mid")] = blocks[len(blocks) // 2]
-    elif "mid" in wanted:
-        wanted[wanted.index("mid")] = "mid_block"
-    pattern = "|".join(re.escape(part) for part in wanted)
-    return lambda name: re.search(rf"(^|\.)({pattern})(\.|$)", name) is not None
+    name = type(module).__name__
+    return next((streams for streams, blocks in _STREAMS.items() if name in blocks), ())
+
+
+Tap = Callable[[Tensor, Tensor, Tensor, Attend, Place], Tensor]
+"""``tap(q, k, v, attend, place)`` stands in for scaled dot-product attention.
+
+q, k, v and its result are [rows, heads, tokens, width]; k and v may have fewer heads.
+"""
 
 
 @contextmanager
 def tapped(
     network: nn.Module,
-    size: tuple[int, int],
+    grid: tuple[int, ...],
     branches: Callable[[], tuple[Branch, ...]],
     layers: str,
     tap: Tap,
+    text: bool = False,
 ) -> Iterator[None]:
-    """Let `tap` stand in for the attention of the self- and joint-attention layers named.
+    """Let `tap` stand in for the attention of the layers named, of all of them if `layers` is "".
 
-    `size` is the latent's (height, width), `branches` tells the rows of the running evaluation.
-    Raises `GuidanceError` if no such layer exists, or if none of them was seen at work.
+    That is the self-attention of the image, alone or together with the text; with `text`, its
+    cross-attention to the text, without that to the images of adapters. `grid` is the latent's
+    (height, width) or (frames, height, width), in tokens where the pipeline packs it; `branches`
+    tells the rows of the running evaluation. Raises `GuidanceError` if no such layer exists, or if
+    none of them was seen at work.
     """
-    calls = 0
+    network = _uncompiled(network)
+    sequence = Sequence(network, grid)
+    seen = False
 
-    def wrapper(
-        forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        nonlocal calls
-        tokens = hidden_states.shape[1]
-        place = Place(grid_of(size, tokens), tokens, branches(), calls)
-        with Intercept(lambda q, k, v, attend: tap(q, k, v, attend, place)) as intercept:
-            result = forward(hidden_states, *args, **kwargs)
-        calls += intercept.calls
-        return result
+    def wrapper(layer: Layer, watch: Watch, *args: Any, **kwargs: Any) -> Any:
+        own, texts = _lengths(layer, args, kwargs)
+        queries = own if text else own + (texts or 0)
+        keys = texts if text else queries
 
-    def matches(name: str, module: nn.Module) -> bool:
-        return isinstance(module, Attention) and not module.is_cross_attention
+        def look(q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
+            nonlocal seen
+            if (q.shape[2], k.shape[2]) != (queries, keys):
+                return attend(q, k, v)  # to the image of an adapter
+            seen = True
+            known = None if text else texts
+            return tap(q, k, v, attend, sequence.place(queries, known, attend.mask, branches()))
 
-    with around(network, matches, wrapper, layers):
+        with watch(look):
+            return layer(*args, **kwargs)
+
+    def counting(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        sequence.stream = _lengths(layer, args, kwargs)[0]
+        return layer(*args, **kwargs)
+
+    found = _find(network, sees_text if text else _sees_image, layers)
+    attention = [module for name, module in network.named_modules() if _attends(name, module)]
+    apart = [module for module in attention if getattr(module, "added_kv_proj_dim", None)][:1]
+    with (
+        _patched(apart, lambda module: functools.partial(counting, Layer(module))),
+        _patched(found, lambda module: functools.partial(wrapper, Layer(module), watch_of(module))),
+    ):
         yield
-    if not calls:
+    if not seen:
         raise GuidanceError(unseen(type(network).__name__))
 
 
@@ -154,37 +266,41 @@ def unseen(network: str) -> str:
     )
 
 
-class Intercept(TorchFunctionMode):
-    """Hands scaled dot-product attention to a tap, and counts the calls."""
-
-    def __init__(self, tap: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.tap, self.calls = tap, 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.calls += 1
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        kwargs |= dict(zip(names, args, strict=False))
-        given = kwargs.pop("attn_mask", None)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-            both = [each for each in (given, mask) if each is not None]
-            total = sum(both[1:], both[0]) if both else None
-            return func(query=q, key=k, value=v, attn_mask=total, **kwargs)
-
-        return self.tap(kwargs.pop("query"), kwargs.pop("key"), kwargs.pop("value"), attend)
+# Attention over time alone, of the text alone, and of an adapter's image.
+_ELSEWHERE = re.compile(
+    r"(^|\.)(motion_modules|transformer_in|temp(oral)?_\w+|\w*text\w*|token_refiner|siglip_\w+"
+    r"|encoder_hid_proj)\."
+)
 
 
-def grid_of(size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """The grid of `tokens` among the halvings of the latent's size."""
-    height, width = size
-    while height * width > tokens and height * width > 1:
-        height, width = math.ceil(height / 2), math.ceil(width / 2)
-    if height * width != tokens:
-        raise GuidanceError(f"{tokens} tokens are not a halving of the {size} latent grid.")
-    return height, width
+def _sees_image(name: str, module: nn.Module) -> bool:
+    return _attends(name, module) and not getattr(module, "is_cross_attention", False)
+
+
+def sees_text(name: str, module: nn.Module) -> bool:
+    """Whether a module may be the image's cross-attention to the text."""
+    return _attends(name, module) and getattr(module, "is_cross_attention", True)
+
+
+def _attends(name: str, module: nn.Module) -> bool:
+    return hasattr(module, "set_processor") and not _ELSEWHERE.search(name)
+
+
+_AFTER_IMAGE = ("WanAttention", "SkyReelsV2Attention")
+_TEXTS_AFTER_IMAGE = 512  # behind those of an image, as these layers' processors count on
+
+
+def _lengths(
+    layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int, int | None]:
+    """The tokens of an attention layer's own sequence, and of the text given beside it, if any."""
+    given = layer.arguments(args, kwargs)
+    own, other = given[_IMAGE], given.get(_TEXT)
+    count = own.shape[1] if own.ndim == 3 else own.shape[2] * own.shape[3]
+    if other is None or other is own:
+        return count, None
+    if isinstance(other, tuple):  # with the images of adapters
+        other = other[0]
+    if type(layer.module).__name__ in _AFTER_IMAGE:
+        return count, min(other.shape[1], _TEXTS_AFTER_IMAGE)
+    return count, other.shape[1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +14,41 @@ import torch
 from torch import Tensor
 
 from ..errors import GuidanceError
-from ..step import Branch, Level, Moment, Prediction, Step
-from ..tensors import match_std
+from ..step import COND, Branch, Level, Moment, Prediction, Step
+from ..tensors import match_std, norm
 from . import noise
-from .call import Call
+from .arguments import Arguments
+from .call import Call, Passes
+from .frames import scope_of
 from .layers import around, rows_of, tapped
 from .report import Report, StepRecord
+from .shapes import Shape
 
 if TYPE_CHECKING:
     from ..guidance import Guidance
 
 
+def networks(pipe: Any) -> list[Any]:
+    """The networks of a pipeline, of which each step uses one."""
+    names = ("unet", "transformer", "transformer_2")
+    found = [getattr(pipe, name, None) for name in names if hasattr(pipe, "scheduler")]
+    return [module for module in found if isinstance(module, torch.nn.Module)]
+
+
+def denoisers(pipe: Any) -> list[Any]:
+    """The networks of a pipeline; `GuidanceError` if it has none."""
+    modules = networks(pipe)
+    if not modules:
+        raise GuidanceError(
+            f"attach: found {type(pipe).__name__}, expected a Diffusers pipeline with a denoiser "
+            "(unet or transformer) and a scheduler."
+        )
+    return modules
+
+
 def denoiser(pipe: Any) -> Any:
-    """The network of a pipeline; raises `GuidanceError` for an object that has none."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, torch.nn.Module) and hasattr(pipe, "scheduler"):
-            return module
-    raise GuidanceError(
-        f"attach: found {type(pipe).__name__}, expected a Diffusers pipeline with a denoiser "
-        "(unet or transformer) and a scheduler."
-    )
+    """The network of a pipeline, the first one where it has two."""
+    return denoisers(pipe)[0]
 
 
 @torch.no_grad()
@@ -46,7 +61,12 @@ def decode(pipe: Any, x0: Tensor) -> Tensor:
             "takes an image autoencoder (pipe.vae) and latents [n, C, h, w]. Judge latents instead."
         )
     config = vae.config
-    latents = x0 / config.scaling_factor
+    if hasattr(vae, "bn"):  # normalises packed latents (Flux 2)
+        raise GuidanceError(
+            f"{type(pipe).__name__} cannot decode single predictions: its {type(vae).__name__} "
+            "normalises latents in a way that guidancekit does not know. Judge latents instead."
+        )
+    latents = x0 / (config.get("scaling_factor") or 1.0)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         std, mean = (
             torch.tensor(config[name], device=x0.device).view(1, -1, 1, 1)
@@ -59,7 +79,11 @@ def decode(pipe: Any, x0: Tensor) -> Tensor:
     try:
         if overflows:
             vae.to(torch.float32)
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        latents = latents.to(vae.dtype)
+        if config.get("z_dim") is None:
+            images = vae.decode(latents, return_dict=False)[0]
+        else:  # made for video (Qwen-Image)
+            images = vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
     finally:
         vae.to(dtype)
     return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -76,13 +100,16 @@ class Run:
         self.finished = False
         self.position = -1  # index into scheduler.timesteps, known from the first call on
         self.first = 0
-        self.call: Call | None = None
+        self.shape: Shape | None = None
+        self.passes: Passes | None = None
         self.step: Step | None = None
-        self.guided: Tensor | None = None
-        self.branches: tuple[Branch, ...] = ("cond",)
+        self.guided: Tensor | None = None  # as the network predicts: [B, *layout.shape]
         self.evaluating: tuple[Branch, ...] = ()
         self.encoded: dict[str, dict[str, Tensor]] = {}
-        self.verified = False
+        self.verified: set[int] = set()  # for how many branches at once
+        self._scale: float | None = None  # the pipeline's
+        self._embedded: float | None = None  # what it tells a distilled network
+        self._now = 0.0
         self.report = guidance._report = Report(repr(guidance))
 
     @property
@@ -91,154 +118,252 @@ class Run:
         assert guidance is not None  # the running call, or a with block, keeps it alive
         return guidance
 
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches of this run, in the pipeline's order."""
+        return self.shape.branches if self.shape else COND
+
     def denoise(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        network: torch.nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        """One call of the denoiser by the pipeline, answered with the guided prediction."""
-        if self.finished or self.call is not None:
+        """One call of the denoiser by the pipeline, answered with the guided prediction.
+
+        Where the pipeline asks for its branches one after the other, the first answer is filled in
+        with the last one: what the strategy knows of one branch may decide what it needs of the
+        other.
+        """
+        given = Arguments.of(network, args, kwargs)
+        if self.shape is None:
+            self.shape = self._read_shape(network, given)
+        shape = self.shape
+        waiting = self.passes.calls if self.passes else ()
+        expected = len(shape.branches) if shape.sequential else 1
+        if self.finished or len(waiting) == expected:
             raise GuidanceError(
-                f"{type(self.pipe).__name__} evaluates its network more than once per step, in a "
-                "way that guidancekit does not know."
+                f"{type(self.pipe).__name__} evaluates its network more than once per step and "
+                "branch, in a way that guidancekit does not know."
             )
-        first_call = self.position < 0
-        if first_call:
-            self.branches = _branches(self.pipe)
-        self.call = call = Call(forward, args, kwargs, self.branches)
-        if first_call:
-            self._locate(call.timestep)
+        call = Call(network, forward, given, shape.branches_of(given, len(waiting)), shape.layout)
+        self.passes = Passes(*waiting, call)
+        if self.position < 0:
+            self._locate()
             self._check_before_first_step()
-        guidance, state, step = self.guidance, self.state, self._step(call)
+        self._follow_scale()
+        if len(self.passes.calls) < expected:
+            return call.defer()
+        self._guide()
+        for earlier in waiting:
+            earlier.fill(self._answers["cond"])
+        return self.passes.last.answer(self._answers)
+
+    def _guide(self) -> None:
+        """The guided prediction of this step, from the calls of the pipeline."""
+        assert self.passes is not None and self.shape is not None
+        guidance, state, step = self.guidance, self.state, self._step()
         if step.index == len(self.report.steps):
             self.report.steps.append(StepRecord(step.index, step.nsr if step.grid else None))
         self._condition(step)
         x = step.x
         step.x = guidance.before_step(step, state)
         if step.x is not x:
-            self.call = self.call.with_latent(step.x)
+            self.passes = self.passes.with_latent(step.x)
         step.needed = guidance.needs(step, state)
         acts = guidance.acts(step, state)
         with guidance.during(step, state):
-            self._evaluate(step)
+            guidance.evaluate(step, state)
             guided = guidance.guide(step, state)
         if step.stage == 0:
             record = self.report.steps[-1]
             record.active = acts
             record.scale = guidance.effective_scale(step, guided, state)
         out = guided.out
-        if len(self.branches) > 1 and step.evaluated and _guidance_rescale(self.pipe):
-            out = match_std(out, step.cond.out, _guidance_rescale(self.pipe))
-        self.step, self.guided = step, out.to(call.sample.dtype)
-        # Once per run a known offset between the branches shows what the pipeline does with them.
-        offset = 0 if self.verified else 1
-        return self.call.answer(cond=self.guided + offset, uncond=self.guided)
+        rescale = _guidance_rescale(self.pipe, scope_of(self.pipe))
+        if len(self.passes.branches) > 1 and step.evaluated and rescale:
+            out = match_std(out, step.cond.out, rescale)
+        layout = self.shape.layout
+        self.step = step
+        self.guided = (layout.sign * layout.pack(out)).to(self.passes.last.dtype)
 
-    def finish_step(
-        self,
-        step: Callable[..., Any],
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        assert self.guided is not None and self.step is not None
-        if not self.verified:
-            self._verify(model_output)
-            model_output = self.guided
-        if self.call is not None and self.call.moved:
-            sample = (self.step.level.scale * self.step.x).to(sample.dtype)
-        result = step(model_output, timestep, sample, *args, **kwargs)
+    @property
+    def _answers(self) -> dict[Branch, Tensor]:
+        """The guided prediction for every branch: whatever the pipeline's own scale, u + s (c - u)
+        is that prediction, exactly.
+
+        Once per run a known offset between the branches shows what the pipeline does with them.
+        """
+        assert self.guided is not None and self.passes is not None
+        verified = len(self.passes.branches) in self.verified
+        return {"cond": self.guided if verified else self.guided + 1, "uncond": self.guided}
+
+    def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The scheduler's step, on the guided prediction and the latents of the strategy."""
+        given = inspect.signature(type(self.scheduler).step).bind(self.scheduler, *args, **kwargs)
+        output, latents = given.arguments["model_output"], given.arguments["sample"]
+        assert self.shape is not None and self.passes is not None
+        layout = self.shape.layout
+        if self.guided is None:  # the pipeline left out its second branch in this step
+            self._guide()
+        elif len(self.passes.branches) not in self.verified:
+            self._verify(output)
+        assert self.step is not None and self.guided is not None
+        # What the pipeline did to the prediction on the way, it did to equal branches: nothing, but
+        # for a re-normalisation of its own, in whose place the strategy is.
+        given.arguments["model_output"] = self._like(layout.sign * self.guided, output)
+        if self.passes.moved:
+            moved = self.step.level.scale * layout.pack(self.step.x)
+            given.arguments["sample"] = self._like(moved, latents)
+        result = step(*given.args[1:], **given.kwargs)
         if self.guidance.edits_latents:
-            latents = result[0]
-            edited = self.guidance.after_step(self.step, latents, self.state)
+            new = result[0]
+            x = layout.unpack(new[: self.step.x.shape[0]])
+            x = self.guidance.after_step(self.step, x, self.state)
+            edited = self._like(layout.pack(x), new)
             if isinstance(result, tuple):
                 result = (edited, *result[1:])
             else:
                 result.prev_sample = edited
-        self.call = self.step = self.guided = None
+        self.passes = self.step = self.guided = None
         self.position += 1
         if self.position == self.first + self._length:
             self.finished = True
             self.state = SimpleNamespace()
         return result
 
-    def _verify(self, model_output: Tensor) -> None:
+    @staticmethod
+    def _like(latents: Tensor, other: Tensor) -> Tensor:
+        """Latents in the shape and dtype of others; some pipelines step both branches (DiT)."""
+        latents = latents.reshape(-1, *other.shape[1:]).to(other.dtype)
+        count = other.shape[0] // latents.shape[0]
+        return latents.repeat(count, *[1] * (latents.ndim - 1)) if count > 1 else latents
+
+    def _verify(self, output: Tensor) -> None:
         """Once per run: the value that reaches the scheduler is what the pipeline's own combination
         makes of the branches, and nothing else happened on the way."""
-        assert self.guided is not None
-        uncond, cond = self.guided, self.guided + 1
-        expected = cond
-        if len(self.branches) > 1:
-            scale = _guidance_scale(self.pipe) or 0.0
-            expected = uncond + scale * (cond - uncond)
-            if _guidance_rescale(self.pipe):
-                expected = match_std(expected, cond, _guidance_rescale(self.pipe))
-        same = model_output.shape == expected.shape
-        if same:
-            size = expected.float().abs().max() + 1
-            error = (model_output.float() - expected.float()).abs().max()
-            same = bool(error <= 16 * torch.finfo(expected.dtype).eps * size)
-        if not same:
-            raise GuidanceError(
-                f"{type(self.pipe).__name__} does not combine its branches as uncond + scale * "
-                "(cond - uncond) between its network and its scheduler, so the guided prediction "
-                "would not arrive. guidancekit does not support this pipeline."
-            )
-        self.verified = True
+        assert self.shape is not None and self.passes is not None and self.guided is not None
+        answers, sign = self._answers, self.shape.layout.sign
+        expected = list(self._combinations(answers["cond"].float(), answers["uncond"].float()))
+        found = output[: answers["cond"].shape[0]].float()
+        if found.numel() == expected[0].numel():
+            found = sign * found.reshape(expected[0].shape)
+            if _is_any_of(found, expected, self.guided.dtype):
+                self.verified.add(len(self.passes.branches))
+                return
+            if _is_any_of(-found, expected, self.guided.dtype):
+                raise GuidanceError(
+                    "This run starts in the middle of the schedule, where guidancekit cannot tell "
+                    f"in which direction the network of {type(self.pipe).__name__} counts time. "
+                    "Choose another strength or number of steps."
+                )
+        raise GuidanceError(
+            f"{type(self.pipe).__name__} does not combine its branches as uncond + scale * "
+            "(cond - uncond) between its network and its scheduler, so the guided prediction would "
+            "not arrive. guidancekit does not support this pipeline."
+        )
+
+    def _combinations(self, cond: Tensor, uncond: Tensor) -> Iterator[Tensor]:
+        """What Diffusers' pipelines make of their branches.
+
+        A re-normalisation to the conditional prediction is recognised here, and guidance takes its
+        place: per token (Qwen-Image, Lumina 2) or of the whole, as a cap (Z-Image).
+        """
+        assert self.passes is not None
+        if len(self.passes.branches) == 1:
+            yield cond
+            return
+        scope = scope_of(self.pipe) or {}
+        rescale = _guidance_rescale(self.pipe, scope)
+        cap = getattr(self.pipe, "_cfg_normalization", None)
+        for scale in _scales(self.pipe, scope):
+            for start in (uncond, cond):  # Z-Image counts its scale from the conditional one
+                combined = start + scale * (cond - uncond)
+                yield combined
+                if rescale:
+                    yield match_std(combined, cond, rescale)
+                yield combined * (
+                    cond.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
+                )
+                if cap:
+                    yield combined * (float(cap) * norm(cond) / norm(combined)).clamp_max(1)
 
     # --- where we are ---------------------------------------------------------------------------
 
-    def _locate(self, timestep: Tensor) -> None:
+    def _read_shape(self, network: Any, given: Arguments) -> Shape:
+        """How the pipeline asks for its branches, from the first call of a run."""
+        scope = scope_of(self.pipe) or {}
+        shape = Shape.read(self.pipe, network, scope, given)
+        self._scale = next(iter(_scales(self.pipe, scope)), None)
+        if self._scale is not None:
+            if "uncond" in shape.branches:
+                self._scale += shape.offset
+            elif self._scale < 1:  # also what distilled models are called with
+                self._scale = 1.0
+        if isinstance(given.values.get("guidance"), Tensor):
+            embedded = getattr(self.pipe, "_guidance_scale", None) or scope.get("guidance_scale")
+            self._embedded = None if embedded is None else float(embedded)
+        self._now = float(scope.get("t", torch.as_tensor(given.time).flatten()[0]))
+        return shape
+
+    def _follow_scale(self) -> None:
+        """The pipeline's scale in this step, where it changes (Wan 2.2, Z-Image's truncation)."""
+        assert self.shape is not None
+        scale = (scope_of(self.pipe) or {}).get("current_guidance_scale")
+        if isinstance(scale, (int, float)) and "uncond" in self.shape.branches:
+            self.moments[self._solver_step].guidance_scale = float(scale) + self.shape.offset
+
+    def _locate(self) -> None:
         """Find the first executed entry of the schedule (image-to-image starts late)."""
-        times = self.scheduler.timesteps.tolist()
+        entries = self.scheduler.timesteps.tolist()
+        planned = getattr(self.pipe, "_num_timesteps", None) or len(entries)
         begin = getattr(self.scheduler, "begin_index", None)
         if begin is None:
-            now = float(torch.as_tensor(timestep).flatten()[0])
-            begin = min(range(len(times)), key=lambda i: abs(times[i] - now))
+            away = [abs(time - self._now) for time in entries]
+            begin = away.index(min(away))
+            late = len(entries) - planned
+            if 0 <= late < len(entries) and away[late] == away[begin]:  # PNDM repeats an entry
+                begin = late
         self.position = self.first = begin
-        planned = getattr(self.pipe, "_num_timesteps", None) or len(times)
-        self._length = min(len(times) - begin, planned)
-        self._levels = noise.levels(self.scheduler)
+        self._length = min(len(entries) - begin, planned)
+        self._levels = noise.levels(self.scheduler, begin)
         self._kind = noise.kind(self.scheduler)
-        total = -(-self._length // self._order)
+        self._stages = noise.stages(self.scheduler, begin)[: self._length]
+        starts = [begin + i for i, stage in enumerate(self._stages) if stage == 0]
         grid: tuple[float, ...] = ()
         if self._levels is not None:
-            starts = [self._levels[begin + self._order * i][0].nsr for i in range(total)]
-            grid = (*starts, self._levels[begin + self._length - 1][1].nsr)
-        scale = _guidance_scale(self.pipe)
-        starting = times[begin :: self._order]
-        self.moments = [Moment(i, total, grid, scale, time=starting[i]) for i in range(total)]
+            starting = (self._levels[i][0].nsr for i in starts)
+            grid = (*starting, self._levels[begin + self._length - 1][1].nsr)
+        times = noise.times(self.scheduler)
+        self.moments = [
+            Moment(
+                index, len(starts), grid, self._scale, time=times[i], embedded_scale=self._embedded
+            )
+            for index, i in enumerate(starts)
+        ]
 
     @property
-    def _order(self) -> int:
-        """Network evaluations per solver step."""
-        order: int = getattr(self.scheduler, "order", 1)
-        return order
+    def _solver_step(self) -> int:
+        """Index of the solver step that the current position belongs to."""
+        return self._stages[: self.position - self.first + 1].count(0) - 1
+
+    @property
+    def _training_steps(self) -> int:
+        return int(self.scheduler.config.get("num_train_timesteps", 1000))
 
     def _check_before_first_step(self) -> None:
         """Refuse what cannot work, and say what would do nothing, before any work is lost."""
         guidance = self.guidance
-        if guidance.edits_latents and not noise.correctable(self.scheduler):
-            raise GuidanceError(
-                f"{guidance!r} corrects the latents after each step, which "
-                f"{type(self.scheduler).__name__} does not allow: it keeps samples of its own. "
-                "Use DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, "
-                "DPMSolverMultistepScheduler or FlowMatchEulerDiscreteScheduler."
-            )
-        if guidance.first_order and not noise.first_order(self.scheduler):
-            raise GuidanceError(
-                f"{guidance!r} needs a first-order deterministic step, which "
-                f"{type(self.scheduler).__name__} does not take. Use DDIMScheduler, "
-                "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler."
-            )
+        noise.check(self.scheduler, guidance, (scope_of(self.pipe) or {}).get("eta"))
+        _check_caches(networks(self.pipe))
         planned = SimpleNamespace()
         needs = [guidance.evaluates, *(guidance.needs(each, planned) for each in self.moments)]
         if any("uncond" in needed for needed in needs) and "uncond" not in self.branches:
             raise GuidanceError(
                 f"{guidance!r} needs the unconditional prediction, but "
-                f"{type(self.pipe).__name__} was called without it (guidance_scale = "
-                f"{_guidance_scale(self.pipe)}). Call the pipeline with a guidance_scale above 1, "
-                "for example guidance_scale=5; the scale of the strategy is the one that counts."
+                f"{type(self.pipe).__name__} was called without it. {self._how_to_ask()}; the "
+                "scale of the strategy is the one that counts."
             )
         acts = [guidance.acts(moment, planned) for moment in self.moments]
         if guidance.scheduled and not any(acts):
@@ -248,6 +373,18 @@ class Run:
                 message += f", whose noise levels fall from {grid[0]:.3g} to {grid[-2]:.3g}"
             self._warn(f"{message}.")
 
+    def _how_to_ask(self) -> str:
+        """How this pipeline is made to evaluate its unconditional branch."""
+        if "true_cfg_scale" in inspect.signature(type(self.pipe).__call__).parameters:
+            return (
+                "Call it with a true_cfg_scale above 1 and a negative_prompt, for example "
+                'true_cfg_scale=4, negative_prompt=""'
+            )
+        return (
+            f"Call it with a guidance_scale above 1 (found {self._scale}), for example "
+            "guidance_scale=5"
+        )
+
     def _warn(self, message: str) -> None:
         if message not in self.report.warnings:
             self.report.warnings.append(message)
@@ -255,58 +392,61 @@ class Run:
 
     # --- one evaluation -------------------------------------------------------------------------
 
-    def _step(self, call: Call) -> Step:
+    def _step(self) -> Step:
         """This step as a strategy sees it; nothing is evaluated yet."""
+        assert self.passes is not None and self.shape is not None
+        call, clock, layout = self.passes.last, self.shape.clock, self.shape.layout
         level, next_level = self._levels[self.position] if self._levels else (_UNKNOWN, _UNKNOWN)
         following = self.position + 1
         times = self.scheduler.timesteps
         return Step(
-            **vars(self.moments[(self.position - self.first) // self._order]),
-            stage=(self.position - self.first) % self._order,
+            **vars(self.moments[self._solver_step]),
+            stage=self._stages[self.position - self.first],
             timestep=call.timestep,
-            next_timestep=times[following] if following < len(times) else None,
-            x=call.x(self._channels).float(),
+            next_timestep=clock(times[following]) if following < len(times) else None,
+            flow_timestep=lambda sigma: clock(self._training_steps * sigma),
+            x=call.x.float(),
             level=level,
             next_level=next_level,
             kind=self._kind,
             evaluate=functools.partial(self._evaluate_branch, level),
-            conditions=call.conditions,
-            attention=functools.partial(
-                tapped,
-                self._denoiser,
-                (call.sample.shape[-2], call.sample.shape[-1]),
-                lambda: self.evaluating,
-            ),
-            around=functools.partial(around, self._denoiser),
+            conditions=self.passes.conditions,
+            attention=functools.partial(tapped, call.network, layout.grid, lambda: self.evaluating),
+            around=functools.partial(around, call.network),
             rows=lambda branch, count: rows_of(self.evaluating, branch, count),
             encode=self._encode,
             warn=self._warn,
             decode=functools.partial(decode, self.pipe),
+            gather=self._gather,
             needed=(),
             evaluated={},
         )
 
     def _condition(self, step: Step) -> None:
         """Let the strategy alter what the branches are conditioned on."""
-        assert self.call is not None
+        assert self.passes is not None
         changed = {
             branch: altered
-            for branch in self.branches
-            if (given := self.call.conditions(branch))
+            for branch in self.passes.branches
+            if (given := self.passes.conditions(branch))
             and (altered := self.guidance.condition(step, branch, given, self.state)) is not given
         }
         if changed:
-            self.call = self.call.with_conditions(changed)
+            self.passes = self.passes.with_conditions(changed)
 
-    def _evaluate(self, step: Step) -> None:
-        """Run the network on the branches that are needed, in one batch where they are all."""
-        if set(step.needed) >= set(self.branches) and len(self.branches) > 1:
-            halves = self._network().chunk(len(self.branches))
-            for branch, out in zip(self.branches, halves, strict=True):
-                step.evaluated[branch] = step.predict(out=out)
-        else:
-            for branch in step.needed:
-                step.evaluated[branch] = step.evaluate(branch)
+    def _gather(self, wanted: Mapping[Branch, Sequence[int] | None]) -> dict[Branch, Tensor]:
+        """Network outputs of some rows of each branch (None: all), in one batch where it can be."""
+        assert self.passes is not None
+        if not self.passes.joint or set(wanted) < set(self.branches):
+            return {branch: self._network(branch, rows=rows) for branch, rows in wanted.items()}
+        everyone = range(self.passes.last.batch)
+        rows = [
+            everyone if (given := wanted[branch]) is None else given for branch in self.branches
+        ]
+        chosen = [i * len(everyone) + row for i, own in enumerate(rows) for row in own]
+        out = self._network(rows=None if len(chosen) == 2 * len(everyone) else chosen)
+        parts = out.split([len(own) for own in rows])
+        return dict(zip(self.branches, parts, strict=True))
 
     def _evaluate_branch(
         self,
@@ -317,15 +457,18 @@ class Run:
         level: Level | None = None,
         **changes: Any,
     ) -> Prediction:
-        assert self.call is not None
-        seen = self.call.x(self._channels) if x is None else x
+        assert self.passes is not None
+        seen = self.passes.last.x if x is None else x
+        rows = changes.get("rows")
+        if x is None and rows is not None:
+            seen = seen[list(rows)]
         out = self._network(branch, x=x, timestep=timestep, **changes)
         return Prediction(out, seen, level or now, self._kind)
 
     def _network(self, branch: Branch | None = None, **changes: Any) -> Tensor:
-        assert self.call is not None
-        self.evaluating = self.branches if branch is None else (branch,)
-        out = self.call.evaluate(branch, **changes)
+        assert self.passes is not None
+        self.evaluating = self.passes.last.branches if branch is None else (branch,)
+        out = self.passes.evaluate(branch, **changes)
         record = self.report.steps[-1]
         record.rows += out.shape[0]
         record.calls += 1
@@ -334,36 +477,47 @@ class Run:
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """What a prompt conditions the network on, [1, ...] by argument name; once per run."""
         if prompt not in self.encoded:
-            encode = getattr(self.pipe, "encode_prompt", None)
-            if encode is None or getattr(self.pipe, "tokenizer", None) is None:
-                raise GuidanceError(
-                    f"{type(self.pipe).__name__} cannot encode {prompt!r} here: it was loaded "
-                    "without its text encoder. Call it with a negative prompt and guidance_scale "
-                    "above 1 instead."
-                )
-            device = self.scheduler.timesteps.device
-            encoded = encode(
-                prompt=prompt,
-                device=device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-            self.encoded[prompt] = {"encoder_hidden_states": encoded[0]}
-            if len(encoded) == 4:  # SDXL and SD3: pooled embeddings too
-                name = "pooled_projections" if hasattr(self.pipe, "transformer") else "text_embeds"
-                self.encoded[prompt][name] = encoded[2]
+            self.encoded[prompt] = self._encoded(prompt)
         return self.encoded[prompt]
 
-    @property
-    def _denoiser(self) -> Any:
-        return denoiser(self.pipe)
-
-    @property
-    def _channels(self) -> int:
-        """Channels of the latent: inpainting networks read more than they predict."""
-        config = self._denoiser.config
-        channels: int = config.get("out_channels") or config["in_channels"]
-        return channels
+    def _encoded(self, prompt: str) -> dict[str, Tensor]:
+        assert self.passes is not None
+        call, name = self.passes.of("cond"), type(self.pipe).__name__
+        encode = getattr(self.pipe, "encode_prompt", None)
+        if encode is None or getattr(self.pipe, "tokenizer", None) is None:
+            raise GuidanceError(
+                f"{name} cannot encode {prompt!r} here: it was loaded without its text encoder. "
+                "Call it with a negative prompt and guidance_scale above 1 instead."
+            )
+        if call.masked:
+            raise GuidanceError(
+                f"{name} masks its texts, so guidancekit cannot put {prompt!r} in the place of "
+                "another one. Call it with a negative prompt and guidance_scale above 1 instead."
+            )
+        given = {
+            "prompt": prompt,
+            "device": self.scheduler.timesteps.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }
+        accepted = inspect.signature(encode).parameters.values()
+        needed = [each.name for each in accepted if each.default is each.empty]
+        names = {each.name for each in accepted}
+        options = dict.fromkeys(needed) | {k: v for k, v in given.items() if k in names}
+        texts = {k: y for k, y in call.conditions("cond").items() if y.ndim > 1}
+        found: dict[str, Tensor] = {}
+        for value in encode(**options):  # which is which shows in the sizes
+            value = torch.stack(value) if isinstance(value, list) and value else value
+            if isinstance(value, Tensor) and value.is_floating_point():
+                size = value.ndim, value.shape[-1]
+                fit = [k for k, y in texts.items() if (y.ndim, y.shape[-1]) == size]
+                found |= dict.fromkeys([k for k in fit if k not in found][:1], value)
+        if found.keys() != texts.keys():
+            raise GuidanceError(
+                f"{name} does not encode {prompt!r} to what its network takes: found "
+                f"{', '.join(found) or 'nothing'}, expected {', '.join(texts) or 'embeddings'}."
+            )
+        return found
 
 
 class _UnknownLevel(Level):
@@ -381,24 +535,43 @@ class _UnknownLevel(Level):
 _UNKNOWN = _UnknownLevel(1.0, 0.0)
 
 
-def _branches(pipe: Any) -> tuple[Branch, ...]:
-    """The rows of the pipeline's network calls, as its own switch says."""
-    try:
-        guided = pipe.do_classifier_free_guidance
-    except AttributeError as error:
-        raise GuidanceError(
-            f"{type(pipe).__name__} does not say whether it batches an unconditional prediction "
-            "(do_classifier_free_guidance). guidancekit does not support this pipeline."
-        ) from error
-    return ("uncond", "cond") if guided else ("cond",)
+def _is_any_of(found: Tensor, expected: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a result is one of those expected, up to rounding in `dtype`."""
+    errors = [(found - each).abs().max() / (each.abs().max() + 1) for each in expected]
+    return bool(torch.stack(errors).min() <= 16 * torch.finfo(dtype).eps)
 
 
-def _guidance_scale(pipe: Any) -> float | None:
-    """The scale that the pipeline was called with."""
-    scale = getattr(pipe, "_guidance_scale", None)
-    return None if scale is None else float(scale)
+def _check_caches(networks: Sequence[torch.nn.Module]) -> None:
+    """Refuse caches that count the network's evaluations, or keep one memory for all of them.
+
+    FirstBlockCache measures what has changed, for every kind of evaluation on its own.
+    """
+    for network in networks:
+        for module in network.modules():
+            registry = vars(module).get("_diffusers_hook")
+            for hook in getattr(registry, "hooks", {}).values():
+                name = type(hook).__name__
+                if hook._is_stateful and not name.startswith("FBC"):
+                    raise GuidanceError(
+                        f"Found a cache on {type(network).__name__} ({name}) that counts on one "
+                        "evaluation per step, always of the same rows, which guidance is not. Call "
+                        "disable_cache(), or enable_cache(FirstBlockCacheConfig(...))."
+                    )
 
 
-def _guidance_rescale(pipe: Any) -> float:
+def _scales(pipe: Any, scope: Mapping[str, Any]) -> list[float]:
+    """The guidance scales that a pipeline was called with, the one that it combines with first."""
+    names = ("true_cfg_scale",) if scope.get("do_true_cfg") else ()
+    found = [
+        *(scope.get(name) for name in (*names, "current_guidance_scale")),
+        getattr(pipe, "_guidance_scale", None),
+        scope.get("guidance_scale"),
+        scope.get("true_cfg_scale"),
+    ]
+    return [float(scale) for scale in found if isinstance(scale, (int, float))]
+
+
+def _guidance_rescale(pipe: Any, scope: Mapping[str, Any] | None) -> float:
     """The pipeline's own rescaling (arXiv:2305.08891), which the engine applies in its place."""
-    return float(getattr(pipe, "_guidance_rescale", None) or 0.0)
+    found = getattr(pipe, "_guidance_rescale", None) or (scope or {}).get("guidance_rescale")
+    return float(found or 0.0)

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from .. import bundled
 from ..errors import GuidanceError
-from ..guidance import State
+from ..guidance import Preset, State
 from ..parameters import Range
 from ..step import BOTH, Branch, Moment, Step
 from ..tensors import norm
@@ -29,16 +30,18 @@ class AnnealingGuidance(Renoising):
     `alignment`. w' is CFG++'s lambda, about 1; `report` shows the CFG scales it stands for.
 
     `weights` is a file with the network: the authors' checkpoint for SDXL (.pt; it has no licence,
-    so it is not shipped), or .safetensors, such as `guidancekit.annealing.AnnealingTrainer` saves.
+    so it is not shipped), or .safetensors, such as `guidancekit fit annealing` makes.
     Defaults: lambda 0.4 is that of the official sample script. `divisor` None is the file's own,
     else 5, the official code's for SDXL, times sqrt(elements / 65536) (our rule). Made for 50 DDIM
     steps; other numbers are tolerated. The layout follows the official code, but we had no
-    checkpoint to compare values with (unverified). No presets: what counts is in the file.
+    checkpoint to compare values with (unverified). The preset `scenes` names the network of the
+    embedded model.
     Cost: 2 network evaluations per step.
     """
 
     name = "annealing"
     paper = "arXiv:2506.24108"
+    presets = {"scenes": Preset({"weights": "scenes:annealing"}, "ours: trained for 30 DDIM steps")}
 
     def __init__(
         self,
@@ -66,8 +69,9 @@ class AnnealingGuidance(Renoising):
         if loaded is None:
             if self.weights is None:
                 raise GuidanceError(
-                    "AnnealingGuidance needs a network: AnnealingGuidance(weights=...) with "
-                    "the published checkpoint for SDXL, or a file that AnnealingTrainer saved."
+                    "AnnealingGuidance needs a network: AnnealingGuidance(weights=...) with the "
+                    "published checkpoint for SDXL, or a file that `guidancekit fit annealing` "
+                    'made. AnnealingGuidance.preset("scenes") has one for the embedded model.'
                 )
             loaded = self._loaded = ScaleNetwork.load(self.weights)
         return loaded
@@ -114,8 +118,9 @@ class ScaleNetwork(nn.Module):
     @classmethod
     def load(cls, file: str) -> ScaleNetwork:
         """Read the published layout; raises `GuidanceError` for anything else."""
+        path = bundled.locate(file)
         try:
-            weights, divisor = _read(file)
+            weights, divisor = _read(path)
             network = cls(divisor)
             network.load_state_dict(weights)
         except Exception as error:  # of several libraries

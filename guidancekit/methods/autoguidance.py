@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoModel
 from torch import Tensor, nn
 
-from .. import schedules
+from .. import bundled, schedules
 from ..errors import GuidanceError
 from ..guidance import Preset, State
 from ..schedules import AnyScale
@@ -28,7 +28,8 @@ class AutoGuidance(WeakBranch):
     denoiser or of a whole pipeline, read from safetensors at the first step; only a folder can be
     saved. Good ones are an earlier checkpoint or a smaller sibling, degraded in the way the main
     network is: dropout or noise on a good one did not help (paper). Keep it on at all noise levels.
-    Default: w = 2.1, the paper's for ImageNet-512; for text-to-image nothing is published.
+    Default: w = 2.1, the paper's for ImageNet-512; for text-to-image nothing is published. The
+    preset `scenes` names the embedded model's weaker sibling.
     Cost: 1 evaluation of each network per step; none of the weaker one where w = 1.
     """
 
@@ -42,6 +43,9 @@ class AutoGuidance(WeakBranch):
             ("edm2-s-64", 1.7, "ImageNet-64 S"),
         )
     }
+    presets["scenes"] = Preset(
+        {"network": "scenes:weak"}, "ours: a quarter of the parameters, trained less; w not tuned"
+    )
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class AutoGuidance(WeakBranch):
             raise GuidanceError(
                 "AutoGuidance needs a weaker network to guide away from: write "
                 "AutoGuidance(network=...) with a module, or the folder of a smaller or less "
-                "trained model."
+                'trained model. AutoGuidance.preset("scenes") has one for the embedded model.'
             )
         weak = step.evaluate("cond", network=self._evaluate)
         if weak.out.shape != step.x.shape:
@@ -103,7 +107,7 @@ class AutoGuidance(WeakBranch):
 
 def load_denoiser(folder: str, dtype: torch.dtype) -> Any:
     """The denoiser saved in a folder, or in that of a pipeline; safetensors only."""
-    parts = [Path(folder, name) for name in ("", "unet", "transformer")]
+    parts = [Path(bundled.locate(folder), name) for name in ("", "unet", "transformer")]
     found = next((part for part in parts if (part / "config.json").is_file()), None)
     if found is None:
         raise GuidanceError(

@@ -76,7 +76,7 @@ class CADS(Companion):
         noisy = {
             name: self._anneal(y.float(), (branch, name), step, state)
             for name, y in given.items()
-            if y.is_floating_point()
+            if y.is_floating_point() and y.ndim > 1
         }
         return {**given, **noisy}
 

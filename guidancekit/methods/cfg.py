@@ -12,6 +12,7 @@ from ..step import Branch, Moment, Prediction, Step, branches_at
 from ..tensors import match_std
 
 _INTERVAL_PAPER = "arXiv:2404.07724 Table 1 and Sec. 4"
+_SCENES = Interval.presets["scenes"]
 
 
 class CFG(ClassifierFree):
@@ -33,6 +34,7 @@ class CFG(ClassifierFree):
         "dit-interval-dino": Preset(
             {"scale": Interval(4.0, 0.45, 1.23)}, f"{_INTERVAL_PAPER}, best FD-DINOv2"
         ),
+        "scenes-interval": Preset({"scale": Interval(None, **_SCENES.values)}, _SCENES.source),
     }
 
     def __init__(

@@ -27,13 +27,14 @@ class ManifoldProjectedCFG(ClassifierFree):
     Defaults: 2 iterations (the paper, as reported), Anderson on, flow sigma above 0.6 (official
     code for SD3.5; for DiT 0.4). The half step is half of the scheduler's, the official code's for
     DiT. Gains need about 20 steps, and an independent measurement found worse results than CFG at
-    w of 9 and more. Latents move before the step: use first-order schedulers.
+    w of 9 and more. Latents move before the step, so predictions at earlier ones are of no use:
+    only for schedulers that read none (DDIM, DDPM, Euler, LCM, flow Euler).
     Cost: 2 evaluations per step, and 2 per iteration, one after the other.
     """
 
     name = "cfg-mp"
     paper = "arXiv:2601.21892"
-    edits_latents = True
+    solver = "one step"
     presets = {
         "sd35": Preset({"scale": 4.0, "iterations": 3}, "LeonSuZhengYi/CFG-MP README, 10 steps"),
         "dit": Preset(

@@ -15,6 +15,7 @@ from ..guidance import Guidance, Preset, State
 from ..parameters import Range
 from ..schedules import Schedule, scale_at
 from ..step import Moment, Prediction, Step
+from ..tensors import TINY
 
 
 class Renoising(Guidance):
@@ -46,13 +47,15 @@ class CFGPlusPlus(Renoising):
     """CFG++: denoise with guidance, re-noise without it, arXiv:2406.08070 Algorithm 1.
 
     The solver steps on the unconditional prediction; then the clean estimate moves by
-    lambda (x0_cond - x0_uncond) at fixed noise. This holds for DDIM, DDPM, Euler, Euler ancestral,
-    LMS, DPM++ multistep, DEIS and flow Euler; other schedulers are refused.
+    lambda (x0_cond - x0_uncond) at fixed noise. This holds for schedulers that keep no latents of
+    their own: DDIM, DDPM, Euler, Euler ancestral, LMS, DPM++ multistep, DEIS, LCM, TCD, EDM's and
+    flow Euler; Heun, KDPM2, UniPC, PNDM and singlestep DPM are refused.
 
-    CFG++ at lambda is CFG at lambda / (1 - nsr'/nsr), so its strength grows with the number of
-    steps. With `strength="lambda"` the scale is the paper's lambda (0.6 at 50 DDIM steps of SD).
-    With `strength="equivalent_cfg"`, or a scale of None, it is a CFG scale w, and lambda is w over
-    the median gain of the run's steps (our rule): the same strength at any number of steps.
+    In a deterministic first-order step CFG++ at lambda is CFG at lambda / (1 - nsr'/nsr), so its
+    strength grows with the number of steps; on LCM, which draws new noise, CFG at lambda. With
+    `strength="lambda"` the scale is the paper's lambda (0.6 at 50 DDIM steps of SD). With
+    `strength="equivalent_cfg"`, or a scale of None, it is a CFG scale w, and lambda is w over the
+    median gain of the run's steps (our rule): the same strength at any number of steps.
     Cost: 2 network evaluations per step, at every scale.
     """
 
@@ -103,7 +106,7 @@ def gains(grid: tuple[float, ...]) -> list[float]:
             "use DDIM, Euler, DPM++ or a flow-matching Euler scheduler."
         )
     ratios = (0.0 if math.isinf(now) else after / now for now, after in pairwise(grid))
-    return [1 / (1 - ratio) for ratio in ratios]
+    return [1 / max(1 - ratio, TINY) for ratio in ratios]  # some schedules end with a level twice
 
 
 def typical_gain(grid: tuple[float, ...]) -> float:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import schedules
 from ..errors import GuidanceError
-from ..guidance import ClassifierFree, State
+from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale, scale_at
-from ..scoring import Scorer, choose, relative_rise, score
+from ..scoring import LatentScorer, Scorer, choose, relative_rise, score
 from ..step import BOTH, Branch, Moment, Prediction, Step, branches_at
 
 CANDIDATES = (1.0, 3.0, 7.5, 11.0, 15.0)
@@ -24,28 +24,36 @@ class FeedbackGuidance(ClassifierFree):
 
     The clean predictions x0_u + s (x0_c - x0_u) of all `candidates` s are scored by every function
     of `scorers`, f(x0, noise_fraction, index) -> [n], higher is better; each call holds one
-    candidate for every sample of the batch, in the batch's order. Per sample and function the
-    scores are normalised over the candidates, and their weighted sum decides. A candidate scored
-    NaN or infinite is never chosen; of equals the nearest to `scale` is; where all are equal, and
-    until the first scored step, `scale` itself. CFG is linear, so the choice is free of the space.
+    candidate for every sample of the batch, in the batch's order. A `LatentScorer`, or its folder,
+    is held against the prompt. Per sample and function the scores are normalised over the
+    candidates, and their weighted sum decides. A candidate scored NaN or infinite is never chosen;
+    of equals the nearest to `scale` is; where all are equal, and until the first scored step,
+    `scale` itself. CFG is linear, so the choice is free of the space.
 
     This is our generalisation. The paper scores next states with its own evaluators of noisy
     latents (code not public) and weights them by their relative change, which `adaptive` does by
     our reading (which state it is measured at, and its sign, are unverified). `candidates` are the
     paper's for latent diffusion, known second-hand; fixed equal weights and `high` 0.8 are ours:
-    at higher noise clean predictions are too blurred to judge. No presets were published.
-    Functions cannot be saved: give them anew when loading a file.
+    at higher noise clean predictions are too blurred to judge. No presets were published; `scenes`
+    is ours. Functions cannot be saved: give them anew when loading a file.
     Cost: 2 network evaluations per step; in scored steps each function (and the decoder, with
     `decode`) runs once per candidate.
     """
 
     name = "feedback"
     paper = "arXiv:2509.16131"
+    presets = {
+        "scenes": Preset(
+            {"scorers": "scenes:scorer", "candidates": [1.0, 2.0, 4.0, 6.0, 8.0]},
+            "ours: the embedded model's latent scorer; not tuned",
+        )
+    }
 
     def __init__(
         self,
         scorers: Annotated[
-            Mapping[str, Scorer] | None, "functions of clean latents, by name"
+            Mapping[str, Scorer | LatentScorer | str] | str | None,
+            "functions of clean latents, by name; or the folder of a LatentScorer",
         ] = None,
         scale: AnyScale = None,
         candidates: Annotated[Sequence[float], Range(0), "scales to choose from"] = CANDIDATES,
@@ -56,10 +64,13 @@ class FeedbackGuidance(ClassifierFree):
         high: Annotated[float, Range(0, 1), "noise fraction from which on is scored"] = 0.8,
         decode: Annotated[bool, "score images [n, 3, H, W] in [0, 1], not latents"] = False,
     ) -> None:
-        scorers = {} if scorers is None else scorers
-        if not isinstance(scorers, Mapping) or not all(map(callable, scorers.values())):
+        scorers = {"fit": scorers} if isinstance(scorers, str) else scorers or {}
+        if not isinstance(scorers, Mapping) or not all(
+            callable(each) or isinstance(each, str) for each in scorers.values()
+        ):
             raise GuidanceError(
-                f"FeedbackGuidance(scorers=...): found {scorers!r:.80}, expected functions by name."
+                f"FeedbackGuidance(scorers=...): found {scorers!r:.80}, expected functions by "
+                "name, or the folder of a LatentScorer."
             )
         if not candidates or (weights is not None and len(weights) != len(scorers)):
             raise GuidanceError(
@@ -91,8 +102,10 @@ class FeedbackGuidance(ClassifierFree):
         if not self.scorers:
             raise GuidanceError(
                 "FeedbackGuidance needs functions that score clean predictions: "
-                "FeedbackGuidance(scorers={'name': f}), f(x0, noise_fraction, index) -> [n]."
+                "FeedbackGuidance(scorers={'name': f}), f(x0, noise_fraction, index) -> [n]. "
+                'FeedbackGuidance.preset("scenes") has one for the embedded model.'
             )
+        self._judges()  # before the first step
         steps = range(moment.total)
         if len(self.candidates) > 1 and not any(self.scores_at(i, len(steps)) for i in steps):
             raise GuidanceError(
@@ -114,11 +127,11 @@ class FeedbackGuidance(ClassifierFree):
 
     def _best(self, step: Step, state: State) -> Tensor:
         """The chosen scale of each sample, [B]."""
-        noise, columns = 1 - step.progress, []
+        noise, columns, functions = 1 - step.progress, [], self._functions(step)
         for s in self.candidates:
             x = step.cfg(s).x0
             x = step.decode(x) if self.decode else x
-            columns.append([score(*pair, x, noise, step.index) for pair in self.scorers.items()])
+            columns.append([score(*pair, x, noise, step.index) for pair in functions.items()])
         scores = torch.stack([torch.stack(column) for column in columns], dim=1)
         weights = scores.new_tensor(self.weights)[:, None].expand(-1, scores.shape[2])
         if self.adaptive:
@@ -126,3 +139,21 @@ class FeedbackGuidance(ClassifierFree):
             weights = weights * relative_rise(means, getattr(state, "means", None))
             state.means = means
         return choose(scores, weights, self.candidates, self.default_at(step))
+
+    def _judges(self) -> dict[str, Scorer | LatentScorer]:
+        """The scorers; those given as folders are read once."""
+        if not hasattr(self, "_loaded"):
+            self._loaded = {
+                name: LatentScorer.load(each) if isinstance(each, str) else each
+                for name, each in self.scorers.items()
+            }
+        return self._loaded
+
+    def _functions(self, step: Step) -> dict[str, Scorer]:
+        """The scorers as functions; those of latents and text get the prompt."""
+        return {
+            name: each.to(step.x.device).about(step.conditions("cond"))
+            if isinstance(each, LatentScorer)
+            else each
+            for name, each in self._judges().items()
+        }

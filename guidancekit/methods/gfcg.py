@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from .. import schedules
 from ..errors import GuidanceError
-from ..guidance import ClassifierFree, State
+from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale, scale_at
+from ..scoring import LatentScorer
 from ..step import BOTH, COND, Branch, Moment, Prediction, Step
 
 Classifier = Callable[[Tensor], Tensor]
 """Logits [n, K] of clean latents or images [n, ...]."""
+
+_SHAPES = "circle square triangle star ring cross heart moon".split()
 
 
 class GFCG(ClassifierFree):
@@ -28,13 +31,15 @@ class GFCG(ClassifierFree):
     where x0_r is the same network's under class r: a class label, or the prompt `references`[r].
 
     What the paper says (abstract and summary): a classifier in inference mode only, a reference
-    class per step in the place of the unconditional prediction, and a scale from the confusion.
-    THE FORMULAS ABOVE ARE OURS, NOT THE PAPER'S, which are not confirmed: do not read its figures
-    into this. Ours too: CFG at w above the noise fraction `high`, where every class looks alike;
-    `lag`, the class and confusion of the step before, with both passes in one batch (CFG in the
-    first such step); `confident`, a confusion below which a sample is conditional. No presets.
-    Labels of classifier and model must agree. Functions cannot be saved. In a sum, `lag` gives the
-    reference to the other terms too, as their unconditional prediction.
+    class per step in the place of the unconditional prediction, and a scale from the confusion. THE
+    FORMULAS ABOVE ARE OURS, NOT THE PAPER'S, which are not confirmed: do not read its figures into
+    this. Ours too: CFG at w above the noise fraction `high`, where every class looks alike; `lag`,
+    the class and confusion of the step before, with both passes in one batch (CFG in the first such
+    step); `confident`, a confusion below which a sample is conditional. Labels of classifier and
+    model must agree. A `LatentScorer`, or its folder, scores the prompt, which is then the wanted
+    class, against the `references`. Functions cannot be saved. No presets were published; `scenes`
+    is ours. In a sum, `lag` gives the reference to the other terms too, as their unconditional
+    prediction.
     Cost: 2 network evaluations and 1 of the classifier per step (and of the decoder, with
     `decode`), one after the other without `lag`; 1 network evaluation where all are confident.
     """
@@ -42,10 +47,19 @@ class GFCG(ClassifierFree):
     name = "gfcg"
     paper = "arXiv:2411.15393"
     evaluates = ("cond",)
+    presets = {
+        "scenes": Preset(
+            {"classifier": "scenes:scorer", "references": [f"a {shape}" for shape in _SHAPES]},
+            "ours: the embedded model's latent scorer; not tuned",
+        )
+    }
 
     def __init__(
         self,
-        classifier: Annotated[Classifier | None, "logits [n, K] of clean predictions"] = None,
+        classifier: Annotated[
+            Classifier | LatentScorer | str | None,
+            "logits [n, K] of clean predictions; or the folder of a LatentScorer",
+        ] = None,
         target: Annotated[Sequence[int] | int, "wanted class, one or one per sample"] = 0,
         scale: AnyScale = None,
         references: Annotated[Sequence[str] | None, "a prompt per class; None: labels"] = None,
@@ -54,7 +68,7 @@ class GFCG(ClassifierFree):
         confident: Annotated[float, Range(0, 1), "confusion below which nothing is guided"] = 0.0,
         decode: Annotated[bool, "classify images [n, 3, H, W] in [0, 1], not latents"] = False,
     ) -> None:
-        if not (classifier is None or callable(classifier)):
+        if not (classifier is None or isinstance(classifier, str) or callable(classifier)):
             raise GuidanceError(
                 f"GFCG(classifier=...): found {classifier!r:.80}, expected a function that returns "
                 "logits."
@@ -81,7 +95,13 @@ class GFCG(ClassifierFree):
         if self.classifier is None:
             raise GuidanceError(
                 "GFCG needs a classifier of clean predictions: GFCG(classifier=f, target=...), "
-                "f(x0 [n, ...]) -> logits [n, K]."
+                'f(x0 [n, ...]) -> logits [n, K]. GFCG.preset("scenes") has one for the embedded '
+                "model."
+            )
+        judge = self._judge()  # before the first step
+        if isinstance(judge, LatentScorer) and not self.references:
+            raise GuidanceError(
+                f"{self!r} holds the prompt against others: give them, references=[...]."
             )
         if scale_at(self.scale, moment) == 1:
             return COND
@@ -105,7 +125,7 @@ class GFCG(ClassifierFree):
         if w == 1:
             return step.cond
         if step.stage == 0 and (self.lag or self._confuses(step)):
-            state.seen = self._classify(step)
+            state.seen = self._classify(step, state)
         basis = before if self.lag else getattr(state, "seen", None)
         if not self._confuses(step) or basis is None:
             return step.cfg(w)
@@ -126,12 +146,35 @@ class GFCG(ClassifierFree):
         """w_t, counted from the reference prediction."""
         return 1 + state.excess
 
-    def _classify(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _judge(self) -> Classifier | LatentScorer:
+        """The classifier, or the scorer, read once where it was given as a folder."""
+        if not hasattr(self, "_loaded"):
+            given: Any = self.classifier
+            self._loaded = LatentScorer.load(given) if isinstance(given, str) else given
+        return self._loaded
+
+    @torch.no_grad()
+    def _hold(
+        self, scorer: LatentScorer, x: Tensor, step: Step, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """The same, of a scorer: the references are the other classes, the prompt itself is not."""
+        given = step.conditions("cond")
+        wanted = scorer.about(given)(x, 0.0, 0)
+        scores = []
+        for text in self._texts(step, given, state)["encoder_hidden_states"]:
+            same = (given["encoder_hidden_states"] == text).flatten(1).all(1)
+            scores.append(scorer(x, text[None]).masked_fill(same, -torch.inf))
+        highest, rival = torch.stack(scores, dim=1).max(1)
+        return rival, torch.sigmoid(highest - wanted)
+
+    def _classify(self, step: Step, state: State) -> tuple[Tensor, Tensor]:
         """The likeliest other class and the confusion of each sample, [B]."""
-        assert self.classifier is not None
         x = step.decode(step.cond.x0) if self.decode else step.cond.x0
+        judge = self._judge()
+        if isinstance(judge, LatentScorer):
+            return self._hold(judge.to(x.device), x, step, state)
         with torch.no_grad():
-            logits = self.classifier(x)
+            logits = judge(x)
         count = x.shape[0]
         if len(self.target) not in (1, count):
             raise GuidanceError(
@@ -168,8 +211,14 @@ class GFCG(ClassifierFree):
                     "not on class labels: give one prompt per class, references=[...]."
                 )
             return {"class_labels": rival}
+        texts = self._texts(step, given, state)
+        return {name: table[rival] for name, table in texts.items()}
+
+    def _texts(self, step: Step, given: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        """What the references condition the network on, [K, ...] by argument name."""
         if not hasattr(state, "encoded"):
-            each = [step.encode(prompt) for prompt in self.references]
+            each = [step.encode(prompt) for prompt in self.references or ()]
             names = [name for name in each[0] if name in given]
             state.encoded = {name: torch.cat([one[name] for one in each]) for name in names}
-        return {name: table[rival] for name, table in state.encoded.items()}
+        encoded: dict[str, Tensor] = state.encoded
+        return encoded

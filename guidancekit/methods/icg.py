@@ -58,6 +58,9 @@ class ICG(WeakBranch):
         self.texts = texts
         self.seed = seed
 
+    def check(self, step: Step) -> None:
+        self._drawable(step)
+
     def weak(self, step: Step, state: State) -> Prediction:
         if step.stage == 0:
             if not hasattr(state, "noise"):
@@ -67,23 +70,29 @@ class ICG(WeakBranch):
 
     def _draw(self, step: Step, noise: Noise) -> dict[str, Tensor]:
         """Random conditions, [B, ...] by argument name."""
+        given = self._drawable(step)
+        if self.classes is not None:
+            return {name: self._classes(y, noise) for name, y in given.items()}
+        if self.texts:
+            count = next(iter(given.values())).shape[0]
+            chosen = [step.encode(self.texts[i]) for i in noise.integers(len(self.texts), count)]
+            names = [name for name in given if name in chosen[0]]
+            return {name: torch.cat([each[name] for each in chosen]) for name in names}
+        return {name: std(y.float()) * noise(y) for name, y in given.items()}
+
+    def _drawable(self, step: Step) -> dict[str, Tensor]:
+        """The conditions that are drawn anew: class labels, or embeddings [B, ..., width]."""
         given = step.conditions("cond")
         labels = {name: y for name, y in given.items() if not y.is_floating_point()}
-        embeddings = {name: y.float() for name, y in given.items() if y.is_floating_point()}
-        if self.classes is not None and labels:
-            return {name: self._classes(y, noise) for name, y in labels.items()}
-        if self.classes is not None or not embeddings:
+        embeddings = {k: y for k, y in given.items() if y.is_floating_point() and y.ndim > 1}
+        found = embeddings if self.classes is None else labels
+        if not found:
             raise GuidanceError(
                 f"{self!r} found the conditions {', '.join(given) or 'none'}: text embeddings need "
                 "no further setting, class labels need ICG(classes=...), and a network without "
                 "either cannot be guided this way (TSG can)."
             )
-        if self.texts:
-            count = next(iter(embeddings.values())).shape[0]
-            chosen = [step.encode(self.texts[i]) for i in noise.integers(len(self.texts), count)]
-            names = [name for name in embeddings if name in chosen[0]]
-            return {name: torch.cat([each[name] for each in chosen]) for name in names}
-        return {name: std(y) * noise(y) for name, y in embeddings.items()}
+        return found
 
     def _classes(self, given: Tensor, noise: Noise) -> Tensor:
         assert self.classes is not None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from .. import schedules
+from .. import bundled, schedules
 from ..errors import GuidanceError
 from ..guidance import Guidance, Preset, State
 from ..heads import InternalHead, image_of
@@ -29,7 +29,8 @@ class InternalGuidance(Guidance):
     The head is an `InternalHead`, the folder of a saved one, or any module with its `block`
     attribute and arguments. It is trained on the frozen network (`InternalHead.early` says how;
     the paper trains both together). Default w = 1.4: SiT-XL with CFG (official code). Nothing is
-    published for text-to-image models, and the paper is known second-hand (unverified).
+    published for text-to-image models, and the paper is known second-hand (unverified). The preset
+    `scenes` names the head of the embedded model.
     Cost: no further network evaluation: CFG's 2 per step, 1 where cfg is 1.
     """
 
@@ -40,6 +41,7 @@ class InternalGuidance(Guidance):
             {"scale": 1.4, "cfg": Interval(1.35, 0.0, 7 / 3)}, f"{_CODE} gen.sh, 250 SDE steps"
         ),
         "lightningdit-xl": Preset({"scale": 1.7, "cfg": 1.0}, f"{_CODE} config, FID 1.34"),
+        "scenes": Preset({"head": "scenes:head"}, "ours: on the last down block; w not tuned"),
     }
 
     def __init__(
@@ -107,11 +109,14 @@ class InternalGuidance(Guidance):
         if self.head is None:
             raise GuidanceError(
                 "InternalGuidance needs a head trained for this network: write "
-                "InternalGuidance(head=...) with an InternalHead or the folder of a saved one."
+                "InternalGuidance(head=...) with an InternalHead or the folder of a saved one. "
+                'InternalGuidance.preset("scenes") has one for the embedded model.'
             )
         if isinstance(self.head, str) and getattr(self, "_loaded", None) is None:
+            folder = bundled.locate(self.head)
             try:
-                self._loaded = InternalHead.from_pretrained(self.head, use_safetensors=True).eval()
+                head = InternalHead.from_pretrained(folder, use_safetensors=True)
+                self._loaded = head.float().eval()
             except Exception as error:  # of several libraries
                 raise GuidanceError(f"InternalGuidance(head={self.head!r}): {error}") from error
         return self._loaded if isinstance(self.head, str) else self.head

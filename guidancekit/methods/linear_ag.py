@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from .. import schedules
+from .. import bundled, schedules
 from ..errors import GuidanceError
-from ..guidance import ClassifierFree, State
+from ..guidance import ClassifierFree, Preset, State
 from ..schedules import AnyScale, scale_at
 from ..step import BOTH, COND, Branch, Moment, Prediction, Step
 from ..tensors import norm
+
+Table = list[list[float] | None]
+"""One row per step."""
 
 
 class LinearAG(ClassifierFree):
@@ -24,18 +27,23 @@ class LinearAG(ClassifierFree):
 
     `table` has one entry per step: [] evaluates both branches; numbers [b, c_0..c_k, u_0..u_(k-1)]
     estimate u_k = b + sum c_j cond_j + sum u_j uncond_j from this run's outputs, estimates
-    included; None is conditional only. `guidancekit.fitting.fit_linear_ag` makes one for a model,
-    a number of steps, a solver, a scale and a negative prompt, and it holds for those only. An
-    estimate further than ||u|| from the last uncond u is replaced by that u (ours).
+    included; None is conditional only. A file may hold tables for several numbers of steps.
+    `guidancekit fit linear-ag` makes one for a model, a solver, a scale and a negative prompt, and
+    it holds for those only. An estimate further than ||u|| from the last uncond u is replaced by
+    that u (ours).
 
     Space: the network's own output (noise in the paper). The policy (alternate in the first half,
     then conditional) and one scalar per earlier prediction are second-hand (unverified). No table
-    was published, hence no preset. Stages after the first of a multi-stage solver are evaluated.
+    was published; the preset `scenes` names those of the embedded model. Stages after the first of
+    a multi-stage solver are evaluated.
     Cost: 2, 1 and 1 network evaluations per step for the three kinds; 25 in 20 steps as fitted.
     """
 
     name = "linear-ag"
     paper = "arXiv:2312.12487"
+    presets = {
+        "scenes": Preset({"table": "scenes:linear-ag"}, "ours: DDIM, w = 4, empty negative prompt")
+    }
 
     def __init__(
         self,
@@ -45,20 +53,27 @@ class LinearAG(ClassifierFree):
         ] = None,
     ) -> None:
         self.scale = schedules.from_config(scale)
-        self.table = _checked(_read(table) if isinstance(table, str) else table)
+        self.tables = _read(table) if isinstance(table, str) else _by_steps(table)
+
+    @property
+    def table(self) -> Table | None:
+        """The table, where there is only one."""
+        return next(iter(self.tables.values())) if len(self.tables) == 1 else None
 
     def _row(self, moment: Moment) -> list[float] | None:
-        if self.table is None:
+        if not self.tables:
             raise GuidanceError(
                 "LinearAG needs a table fitted to the model: LinearAG(table=...), made by "
-                "guidancekit.fitting.fit_linear_ag(pipe, prompts, steps)."
+                "`guidancekit fit linear-ag` or guidancekit.fitting.fit_linear_ag. "
+                'LinearAG.preset("scenes") has those of the embedded model.'
             )
-        if len(self.table) != moment.total:
+        if moment.total not in self.tables:
+            known = " or ".join(map(str, self.tables))
             raise GuidanceError(
-                f"LinearAG: the table was fitted for {len(self.table)} steps, but the run has "
-                f"{moment.total}. Use {len(self.table)} steps, or fit another table."
+                f"LinearAG: the table was fitted for {known} steps, but the run has "
+                f"{moment.total}. Use {known} steps, or fit another table."
             )
-        return self.table[moment.index]
+        return self.tables[moment.total][moment.index]
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
         return BOTH if self._row(moment) == [] else COND
@@ -88,21 +103,31 @@ def estimate(row: Sequence[float], cond: list[Tensor], uncond: list[Tensor]) -> 
     return torch.where(norm(value - last) < norm(last), value, last)
 
 
-def _read(path: str) -> Any:
+def _read(path: str) -> dict[int, Table]:
+    """The tables in a JSON file, by number of steps."""
+    located = bundled.locate(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["table"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _by_steps(json.loads(Path(located).read_text(encoding="utf-8"))["table"])
+    except GuidanceError:  # a ValueError too
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise GuidanceError(
             f"LinearAG(table={path!r}): expected a JSON file with an entry 'table', such as "
-            "fit_linear_ag(...).save_config(folder) writes."
+            "`guidancekit fit linear-ag` or fit_linear_ag(...).save_config(folder) writes."
         ) from error
 
 
-def _checked(table: Any) -> list[list[float] | None] | None:
+def _by_steps(table: Any) -> dict[int, Table]:
+    """Tables by number of steps, from one, or from several by that number."""
+    several = table.values() if isinstance(table, Mapping) else [table]
+    return {len(rows): rows for rows in map(_checked, several) if rows is not None}
+
+
+def _checked(table: Any) -> Table | None:
     """The table as lists; raises `GuidanceError` where a row does not fit its step."""
     if table is None:
         return None
-    rows: list[list[float] | None] = []
+    rows: Table = []
     for k, row in enumerate(table if isinstance(table, (list, tuple)) else [table]):
         numbers = isinstance(row, (list, tuple)) and all(isinstance(n, (int, float)) for n in row)
         estimated = numbers and k > 0 and None not in rows and all(map(math.isfinite, row))

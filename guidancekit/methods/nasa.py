@@ -9,7 +9,7 @@ from torch import Tensor
 from ..guidance import Preset, State
 from ..parameters import Range
 from ..step import Moment
-from .nag import NegativeAttention, NegativePrompt
+from .negative import NegativeAttention, NegativePrompt
 
 
 class NASA(NegativeAttention):
@@ -17,14 +17,16 @@ class NASA(NegativeAttention):
 
     Eq. 7-9. Negative prompts for one-step and few-step models. It does not keep norms: equal texts
     give (1 - scale) Z+. Default 0.2: the paper's for models based on SD 2.1. No code of the authors
-    is public (unverified against one). Cost: no further network evaluation.
+    is public (unverified against one), and how they treat the tokens of Flux's joint blocks is not
+    told: refused there. Cost: no further network evaluation; cross-attention runs once more.
     """
 
     name = "nasa"
     paper = "arXiv:2412.02687"
+    joint = False
     presets = {
         family: Preset({"scale": scale}, "arXiv:2412.02687, NASA-I, one-step models")
-        for family, scale in (("sd15", 0.1), ("sd21", 0.2))
+        for family, scale in (("sd15", 0.1), ("sd21", 0.2), ("pixart", 0.5))
     }
 
     def __init__(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ..engine.layers import Place
+from ..engine.layers import Attend, Place
 from ..guidance import Preset
 from ..parameters import Range
 from ..step import Moment
@@ -19,8 +18,9 @@ class PAG(PerturbedGuidance):
     """Perturbed-attention guidance: away from identity attention maps, arXiv:2403.17377.
 
     In the chosen self-attention layers the map becomes the identity, so each token keeps its own
-    value; joint attention keeps its text part. Then guided + scale (cond - perturbed), the same in
-    every space. `strength` u blends the map, (1 - u) A + u I (SoftPAG); 1 is PAG.
+    value; where text and image attend together, an image token sees itself and all that is not the
+    image (Diffusers' rule for SD3), and the text's map stays. Then guided + scale (cond -
+    perturbed), the same in every space. `strength` u blends the maps, (1 - u) A + u I (SoftPAG).
     Scale 3 with CFG, 5 without, layer "mid": the authors' for SD and SDXL; their ADM code's "4" is
     our 3. No layers are published for Flux, Qwen, Wan and DiT (unverified).
     Cost: 1 further evaluation per step.
@@ -48,25 +48,52 @@ class PAG(PerturbedGuidance):
         self.layers = layers
         self.strength = strength
 
-    def perturb(
-        self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], place: Place
-    ) -> Tensor:
-        if place.image == q.shape[2]:
-            identity = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        else:
-            identity = attend(q, k, v, mask=self._image_to_itself(q, place))
-        if self.strength == 1:
-            return identity
-        return torch.lerp(attend(q, k, v), identity, self.strength)
-
-    @staticmethod
-    def _image_to_itself(q: Tensor, place: Place) -> Tensor:
-        """Additive mask [tokens, tokens]: an image token sees itself and all text."""
-        tokens, n = q.shape[2], place.image
-        mask = torch.zeros(tokens, tokens, device=q.device, dtype=q.dtype)
-        mask[:n, :n] = -torch.inf
-        mask[:n, :n].fill_diagonal_(0)
-        return mask
+    def perturb(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, place: Place) -> Tensor:
+        copies = q.shape[1] // v.shape[1]  # queries may share their keys and values
+        k, v = (each.repeat_interleave(copies, dim=1) for each in (k, v))
+        if not place.joint and self.strength == 1:
+            return v
+        out = attend(q, k, v)
+        identity = itself_and_others(q, k, v, attend, place.image) if place.joint else v
+        image = out[:, :, place.image]
+        blend = torch.lerp(image.float(), identity.float(), self.strength).to(out.dtype)
+        return torch.cat([out[:, :, : place.image.start], blend, out[:, :, place.image.stop :]], 2)
 
     def neutral(self, moment: Moment) -> bool:
         return self.scale == 0 or self.strength == 0
+
+
+def itself_and_others(
+    q: Tensor, k: Tensor, v: Tensor, attend: Attend, image: slice, chunk: int = 1024
+) -> Tensor:
+    """Attention of each `image` token to itself and to all tokens that are not the image's.
+
+    q, k and v are [rows, heads, tokens, width]; a map of all tokens by all is never made.
+    """
+    k, v = k.float(), v.float()
+    mask = None if attend.mask is None else additive(attend.mask, q)
+    parts = []
+    for start in range(image.start, image.stop, chunk):
+        now = slice(start, min(start + chunk, image.stop))
+        query = q[:, :, now].float() * attend.scale
+        itself = (query * k[:, :, now]).sum(-1, keepdim=True)
+        others = query @ without(k, image, 2).transpose(-1, -2)
+        if mask is not None:
+            itself = itself + mask[..., now, now].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            others = others + without(mask[..., now, :], image, -1)
+        weights = torch.softmax(torch.cat([itself, others], dim=-1), dim=-1)
+        parts.append(weights[..., :1] * v[:, :, now] + weights[..., 1:] @ without(v, image, 2))
+    return torch.cat(parts, dim=2)
+
+
+def without(x: Tensor, tokens: slice, dim: int) -> Tensor:
+    """`x` without those tokens along a dimension."""
+    before, _, after = x.tensor_split([tokens.start, tokens.stop], dim=dim)
+    return torch.cat([before, after], dim=dim)
+
+
+def additive(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask to be added to logits [rows, heads, queries, keys], from one that broadcasts."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return mask.expand(*mask.shape[:-2], q.shape[2], -1)

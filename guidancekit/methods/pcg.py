@@ -26,15 +26,16 @@ class PCG(Guidance):
     DDPM at w (our derivation; the paper's statement of it, and its algorithm, are unverified). More
     corrections come closer to the density of power q. The authors call it a view of CFG, not an
     efficient sampler: 200 steps or more are faithful. `step_cap` 1 is ours: uncapped, the last
-    steps diverge. Only for schedulers whose step is first-order and deterministic (DDIM, Euler,
-    flow Euler). Sample i of a batch draws its noise from `seed` + i. No presets were published.
+    steps diverge. Only for schedulers whose step is first-order and deterministic: DDIM at eta 0,
+    Euler, EDM Euler, flow Euler. Sample i of a batch draws its noise from `seed` + i. No presets
+    were published.
     Cost: 1 + 2 `corrections` network evaluations per step (1 + 1 where w = 1); 1 in the last.
     """
 
     name = "pcg"
     paper = "arXiv:2408.09000"
     edits_latents = True
-    first_order = True
+    solver = "first order"
     evaluates = ("uncond",)
 
     def __init__(

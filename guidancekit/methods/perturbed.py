@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Annotated
 
 from torch import Tensor
 
-from ..engine.layers import Place
+from ..engine.layers import Attend, Place
 from ..guidance import Guidance, State
 from ..parameters import Range
 from ..step import COND, Branch, Moment, Prediction, Step
@@ -48,8 +47,6 @@ class PerturbedGuidance(Guidance):
         """The context in which the network is perturbed."""
         return step.attention(self.layers, self.perturb)
 
-    def perturb(
-        self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], place: Place
-    ) -> Tensor:
+    def perturb(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, place: Place) -> Tensor:
         """The attention of a chosen layer, [rows, heads, tokens, width]."""
         raise NotImplementedError

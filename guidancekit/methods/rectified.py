@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from .. import schedules
-from ..errors import GuidanceError
 from ..guidance import Guidance, State
 from ..parameters import Range
 from ..schedules import AnyScale, scale_at
@@ -31,6 +30,7 @@ class RectifiedCFGPlusPlus(Guidance):
     name = "rectified-cfg++"
     paper = "arXiv:2510.07631"
     evaluates = ("uncond",)
+    solver = "flow"
 
     def __init__(
         self,
@@ -59,11 +59,6 @@ class RectifiedCFGPlusPlus(Guidance):
         return COND
 
     def guide(self, step: Step, state: State) -> Prediction:
-        if step.kind != "flow":
-            raise GuidanceError(
-                f"{self!r} is for flow models, but this network predicts {step.kind}. Use "
-                "CFGPlusPlus, which works on every model."
-            )
         strength = self.strength(step)
         if not strength:
             return step.cond

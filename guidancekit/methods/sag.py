@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.layers import Place, unseen
+from ..engine.layers import Attend, Place, unseen
 from ..errors import GuidanceError
 from ..guidance import Guidance, Preset, State
 from ..parameters import Range
@@ -51,16 +51,26 @@ class BlurGuidance(Guidance):
         return step.predict(x0=step.cond.x0 + self.scale * (degraded - again))
 
     def degrade(self, x0: Tensor, state: State) -> Tensor:
-        """The clean estimate without its detail, [B, C, H, W]."""
-        return gaussian_blur(x0, self.blur_sigma, kernel=9)
+        """The clean estimate without its detail, [B, C, H, W] or [B, C, frames, H, W]."""
+        if x0.ndim not in (4, 5):
+            raise GuidanceError(
+                f"{type(self).__name__} blurs pictures: found latents {list(x0.shape)}, expected "
+                "[B, C, H, W] or [B, C, frames, H, W]. This pipeline does not say on which grid "
+                "its tokens lie."
+            )
+        frames = x0.unsqueeze(2) if x0.ndim == 4 else x0
+        pictures = frames.transpose(1, 2)  # [B, frames, C, H, W]
+        blurred = gaussian_blur(pictures.flatten(0, 1), self.blur_sigma, kernel=9)
+        return blurred.view(pictures.shape).transpose(1, 2).reshape(x0.shape)
 
 
 class SAG(BlurGuidance):
     """Self-attention guidance: blur only where attention is above its mean, arXiv:2210.00939.
 
     As blur guidance, masked where the self-attention that a cell receives, summed over queries and
-    averaged over heads, exceeds 1, its mean. The map comes from the layer's first attention in the
-    pass that runs anyway; joint attention counts image tokens among themselves (ours).
+    averaged over heads, exceeds 1, its mean. The map comes from the first of the layers in the
+    pass that runs anyway. Where text and image attend together, the image's attention to itself
+    alone counts; videos are blurred frame by frame, their map is of all frames (ours, both).
     Scale 0.75, layer "mid", blur: Diffusers' pipeline for SD; above 1 pictures saturate.
     For transformers there is no published layer (unverified).
     Cost: 1 further evaluation per step, which cannot be batched.
@@ -85,22 +95,25 @@ class SAG(BlurGuidance):
     def during(self, step: Step, state: State) -> AbstractContextManager[None]:
         if self.scale == 0:
             return nullcontext()
-        branch = base_branch(step)
+        branch, state.mass = base_branch(step), None
 
-        def read(q: Tensor, k: Tensor, v: Tensor, attend: object, place: Place) -> Tensor:
+        def read(q: Tensor, k: Tensor, v: Tensor, attend: Attend, place: Place) -> Tensor:
             rows = place.rows(branch, q.shape[0])
-            if place.call == 0 and rows.stop > rows.start:
-                n = place.image
-                state.mass = received(q[rows, :, :n], k[rows, :, :n]).unflatten(-1, place.grid)
-            return attend(q, k, v)  # type: ignore[operator]
+            if state.mass is None and rows.stop > rows.start:  # the first layer and evaluation
+                k_image = k[rows, :, place.image]
+                mass = received(q[rows, :, place.image], k_image, attend.scale)
+                state.mass = mass.unflatten(-1, (-1, *place.grid[-2:]))
+            return attend(q, k, v)
 
         return step.attention(self.layers, read)
 
     def degrade(self, x0: Tensor, state: State) -> Tensor:
-        if not hasattr(state, "mass"):
+        if state.mass is None:
             raise GuidanceError(unseen("the network"))
-        mask = (state.mass > 1.0).float().unsqueeze(1)
-        mask = F.interpolate(mask, x0.shape[-2:], mode="nearest")
+        height, width = state.mass.shape[-2:]
+        mask = (state.mass > 1.0).float().reshape(x0.shape[0], 1, -1, height, width)
+        mask = F.interpolate(mask, (1, *x0.shape[2:])[-3:], mode="nearest")
+        mask = mask.reshape(x0.shape[0], 1, *x0.shape[2:])
         return x0 + mask * (super().degrade(x0, state) - x0)
 
 
@@ -109,15 +122,16 @@ def base_branch(step: Step) -> Branch:
     return "uncond" if "uncond" in step.needed else "cond"
 
 
-def received(q: Tensor, k: Tensor, chunk: int = 1024) -> Tensor:
+def received(q: Tensor, k: Tensor, scale: float, chunk: int = 1024) -> Tensor:
     """Attention received by each token, summed over queries, mean over heads: [B, tokens], mean 1.
 
-    q and k are [B, heads, tokens, width]; the map itself is never held whole.
+    q and k are [B, heads, tokens, width], logits q k^T times `scale`; the map itself is never held
+    whole.
     """
-    q, k = q.float(), k.float()
+    q, k = q.float(), k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     total = torch.zeros(k.shape[0], k.shape[2], device=k.device)
     for part in q.split(chunk, dim=2):
-        weights = torch.softmax(part @ k.transpose(-1, -2) / k.shape[-1] ** 0.5, dim=-1)
+        weights = torch.softmax(part @ k.transpose(-1, -2) * scale, dim=-1)
         total += weights.sum(2).mean(1)
     return total
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ..engine.layers import Place
+from ..engine.layers import Attend, Place
 from ..guidance import Preset
 from ..parameters import Range
 from .perturbed import AdditiveScale, PerturbedGuidance
@@ -19,10 +18,11 @@ from .sag import gaussian_blur
 class SEG(PerturbedGuidance):
     """Smoothed energy guidance: away from attention with blurred queries, arXiv:2408.00760.
 
-    In the chosen self-attention layers the queries are blurred over the token grid (after norms and
-    rotary embedding, Prop. 3.1); keys and values stay. Then guided + scale (cond - smoothed). As in
-    the official code the weight is `scale` itself and the conditional branch is perturbed; the
-    paper's Eq. 9 and 10 read gamma - 1 and the unconditional one.
+    In the chosen self-attention layers the image's queries are blurred over its grid, frame by
+    frame (after norms and rotary embedding, Prop. 3.1); keys, values and text stay. Then guided +
+    scale (cond - smoothed). As in the official code the weight is `scale` itself and the
+    conditional branch is perturbed; the paper's Eq. 9 and 10 read gamma - 1 and the unconditional
+    one.
     `blur_sigma` None is the infinite blur: all queries are their mean. Finite kernels are clipped
     to the grid, so a large sigma is not infinite. Scale 3 fixed, layer "mid": the paper, for SDXL.
     No layers are published for transformers (unverified). Cost: 1 further evaluation per step.
@@ -46,16 +46,16 @@ class SEG(PerturbedGuidance):
         self.blur_sigma = blur_sigma
         self.layers = layers
 
-    def perturb(
-        self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor], place: Place
-    ) -> Tensor:
-        image, text = q[:, :, : place.image], q[:, :, place.image :]
+    def perturb(self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, place: Place) -> Tensor:
+        before, image, after = q.tensor_split([place.image.start, place.image.stop], dim=2)
+        # [rows, heads, tokens, width] as [rows, heads, frames, height, width of the grid, width]
+        maps = image.float().unflatten(2, (-1, *place.grid[-2:]))
         if self.blur_sigma is None:
-            smooth = image.mean(dim=2, keepdim=True).expand_as(image)
+            smooth = maps.mean(dim=(3, 4), keepdim=True).expand_as(maps)
         else:
             kernel = math.ceil(6 * self.blur_sigma) + 1 - math.ceil(6 * self.blur_sigma) % 2
-            # [rows, heads, tokens, width] as [rows, heads * width, height, width of the grid]
-            maps = image.transpose(2, 3).flatten(1, 2).unflatten(-1, place.grid)
-            smooth = gaussian_blur(maps, self.blur_sigma, kernel)
-            smooth = smooth.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)
-        return attend(torch.cat([smooth, text], dim=2), k, v)
+            pictures = maps.movedim(-1, 3)
+            smooth = gaussian_blur(pictures.flatten(0, 2), self.blur_sigma, kernel)
+            smooth = smooth.view(pictures.shape).movedim(3, -1)
+        smooth = smooth.flatten(2, 4).to(q.dtype)
+        return attend(torch.cat([before, smooth, after], dim=2), k, v)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from torch import Tensor, nn
+from torch import nn
 
+from ..engine.layers import Layer, streams_of
 from ..guidance import Preset
 from ..parameters import Range
 from ..step import Moment, Step
@@ -61,10 +60,11 @@ class SLG(PerturbedGuidance):
 
 
 def is_block(name: str, module: nn.Module) -> bool:
-    return isinstance(module, (BasicTransformerBlock, JointTransformerBlock))
+    return bool(streams_of(module))
 
 
-def bypass(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A transformer block that changes nothing, in the block's own return order."""
-    is_joint = "temb" in kwargs  # joint blocks return (text, image)
-    return (kwargs["encoder_hidden_states"], hidden_states) if is_joint else hidden_states
+def bypass(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+    """A transformer block that changes nothing."""
+    given = layer.arguments(args, kwargs)
+    kept = tuple(given[name] for name in streams_of(layer.module))
+    return kept if len(kept) > 1 else kept[0]

@@ -17,7 +17,15 @@ from ..step import Moment, Prediction, Step
 from ..tensors import Noise, std
 from .weak import WeakBranch
 
-_NAMES = ("time_embedding", "time_embedder", "timestep_embedder", "time_embed", "t_embedder")
+_MISSING = "time embedding that TSG knows"
+_NAMES = (
+    "time_embedding",
+    "time_embedder",
+    "timestep_embedder",
+    "time_embed",
+    "time_step_proj",
+    "t_embedder",
+)
 
 
 class TSG(WeakBranch):
@@ -77,6 +85,10 @@ class TSG(WeakBranch):
         inside = self.low <= moment.time <= self.high
         return inside and self.strength > 0 and super().acts(moment, state)
 
+    def check(self, step: Step) -> None:
+        with step.around(is_time_embedding, lambda layer: None, what=_MISSING):
+            pass
+
     def weak(self, step: Step, state: State) -> Prediction:
         size = self.strength * (step.time / 1000) ** self.power
         if not hasattr(state, "draw"):
@@ -91,10 +103,11 @@ class TSG(WeakBranch):
                 state.noise = state.draw(e)
             return (e + size * std(e) * state.noise).to(given.dtype)
 
-        with step.around(is_time_embedding, perturbed, what="time embedding that TSG knows"):
+        with step.around(is_time_embedding, perturbed, what=_MISSING):
             return step.evaluate("cond")
 
 
 def is_time_embedding(name: str, module: nn.Module) -> bool:
     """Whether a layer embeds the time, not sizes, guidance scales or frames (same class)."""
-    return isinstance(module, TimestepEmbedding) and name.rpartition(".")[2] in _NAMES
+    embeds = isinstance(module, TimestepEmbedding) or type(module).__name__ == "TimestepEmbedder"
+    return embeds and name.rpartition(".")[2] in _NAMES

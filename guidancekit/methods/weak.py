@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..guidance import Guidance, State
 from ..schedules import Scale, scale_at
 from ..step import COND, Branch, Moment, Prediction, Step
@@ -10,7 +12,8 @@ from ..step import COND, Branch, Moment, Prediction, Step
 class WeakBranch(Guidance):
     """weak + w (cond - weak), both at the same x_t: free of the space; w = 1 is no guidance.
 
-    Subclasses evaluate the weaker prediction in `weak`. No unconditional pass is needed.
+    Subclasses evaluate the weaker prediction in `weak`, and say in `check` where they cannot. No
+    unconditional pass is needed.
     """
 
     scale: Scale
@@ -20,6 +23,14 @@ class WeakBranch(Guidance):
 
     def acts(self, moment: Moment, state: State) -> bool:
         return scale_at(self.scale, moment) != 1
+
+    def before_step(self, step: Step, state: State) -> Tensor:
+        if step.index == step.stage == 0 and (self.scheduled or self.acts(step, state)):
+            self.check(step)
+        return step.x
+
+    def check(self, step: Step) -> None:
+        """Raise `GuidanceError`, before anything is evaluated, where there is no weaker one."""
 
     def guide(self, step: Step, state: State) -> Prediction:
         if not self.acts(step, state):

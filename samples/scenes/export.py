@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from .models import Denoiser, scheduler, tokenizer
+from .models import Denoiser, scheduler, text_encoder, tokenizer, unet
 from .recogniser import WEIGHTS, Recogniser
 from .train import RUNS, load_autoencoder
 from .training import averaged_weights
@@ -24,7 +24,7 @@ FAST_TOKENIZER = "PreTrainedTokenizerFast"
 def export_pipeline(folder: Path, target: Path) -> None:
     """An ordinary Stable Diffusion folder: half precision on disk, any precision when loaded."""
     words = tokenizer()
-    denoiser = Denoiser(len(words))
+    denoiser = Denoiser(text_encoder(len(words)), unet())
     denoiser.load_state_dict(averaged_weights(folder / "unet.pt"))
     pipeline = StableDiffusionPipeline(
         vae=load_autoencoder(folder),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 WARMUP_STEPS = 200
 LOG_SECONDS = 20
@@ -23,6 +23,11 @@ def learning_rate(step: int, spent: float, decay: float) -> float:
     however fast the machine was; `decay` is the part of the budget the descent takes.
     """
     return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.0, (1 - spent) / decay))
+
+
+def processes() -> int:
+    """How many processes share this run (``torchrun --nproc-per-node``)."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def fit(
@@ -41,8 +46,10 @@ def fit(
 
     `loss` draws a batch and returns named terms; their sum is minimised, under bfloat16 autocast.
     `check` measures the averaged model and runs with every checkpoint. When `path` exists, the
-    run goes on from there with its optimiser, averages, random states and time spent.
+    run goes on from there with its optimiser, averages, random states and time spent. Several
+    processes each draw batches of their own and share gradients; the first one writes.
     """
+    rank = distributed.get_rank() if processes() > 1 else 0
     model = model.to(device, memory_format=torch.channels_last).train()
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4, fused=True)
@@ -57,6 +64,9 @@ def fit(
         torch.set_rng_state(state["torch_rng"].cpu())
         step, before = state["step"], state["seconds"]
         print(f"resumed at step {step}, {before / 60:.1f} minutes in", flush=True)
+    if rank:
+        rng = np.random.default_rng((rank, step))
+        torch.manual_seed(int(rng.integers(2**31)))
 
     start = logged = saved = time.monotonic()
     sums: dict[str, float] = {}
@@ -64,9 +74,9 @@ def fit(
     while True:
         now = time.monotonic()
         seconds = before + now - start
-        spent = seconds / (60 * minutes)
+        spent = _agreed(seconds / (60 * minutes))
         finished = spent >= 1
-        if count and (finished or now - logged > LOG_SECONDS):
+        if rank == 0 and count and (finished or now - logged > LOG_SECONDS):
             terms = "  ".join(f"{name} {value / count:.4f}" for name, value in sums.items())
             print(
                 f"{seconds / 60:6.1f} min  step {step:6d}  {(now - logged) / count:.3f} s/step  "
@@ -74,7 +84,7 @@ def fit(
                 flush=True,
             )
             logged, sums, count = now, {}, 0
-        if finished or now - saved > SAVE_SECONDS:
+        if rank == 0 and (finished or now - saved > SAVE_SECONDS):
             if check:
                 figures = check(averaged)
                 print("   ", "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
@@ -89,6 +99,7 @@ def fit(
             terms = loss(model, rng)
         optimiser.zero_grad()
         sum(terms.values()).backward()
+        _share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         step += 1
@@ -100,6 +111,27 @@ def fit(
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         count += 1
+
+
+def _agreed(value: float) -> float:
+    """The first process's value, in all of them."""
+    if processes() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    distributed.broadcast(shared, 0)
+    return float(shared)
+
+
+def _share_gradients(model: nn.Module) -> None:
+    """Replace the gradients by their mean over the processes, in one message."""
+    if processes() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= processes()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
 
 
 def _save(path, model, averaged, optimiser, rng, step, seconds) -> None:

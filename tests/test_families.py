@@ -1,0 +1,447 @@
+"""Every family of pipelines under the engine: laws against the untouched pipeline."""
+
+from __future__ import annotations
+
+import functools
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from compatibility import REFUSED, record
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_families import FAMILIES, PICTURE, final_latents, fresh, pipeline
+
+from guidancekit import (
+    APG,
+    CADS,
+    CFG,
+    FDG,
+    ICG,
+    PCG,
+    TSG,
+    CFGPlusPlus,
+    CFGZeroStar,
+    EmbeddedGuidance,
+    Guidance,
+    GuidanceError,
+    Interval,
+    Linear,
+    ManifoldProjectedCFG,
+    PerStep,
+)
+from guidancekit.step import COND
+
+W = 4.0
+GUIDED = [name for name, family in FAMILIES.items() if family.calls != "one"]
+ALONE = [name for name, family in FAMILIES.items() if family.calls == "one"]
+PACKED = [name for name, family in FAMILIES.items() if family.unpack]
+SEQUENTIAL = [name for name, family in FAMILIES.items() if family.calls == "sequential"]
+RENORMALISED = [name for name, family in FAMILIES.items() if family.renormalises]
+
+
+class Seeing(Guidance):
+    """The conditional prediction; keeps the steps that it has seen."""
+
+    name = "seeing"
+
+    def needs(self, moment, state):
+        return COND
+
+    def guide(self, step, state):
+        state.steps = [*getattr(state, "steps", []), step]
+        self.steps = state.steps
+        assert step.cond.out.shape == step.x.shape
+        return step.cond
+
+
+class Knowing(Guidance):
+    """Knows the clean latents, and never asks the network."""
+
+    name = "knowing"
+
+    def needs(self, moment, state):
+        return ()
+
+    def guide(self, step, state):
+        self.known = torch.randn(step.x.shape, generator=torch.Generator().manual_seed(7))
+        return step.predict(x0=self.known)
+
+
+def networks(pipe):
+    names = ("unet", "transformer", "transformer_2")
+    return [net for name in names if (net := getattr(pipe, name, None)) is not None]
+
+
+@contextmanager
+def counted(pipe):
+    """The arguments of every evaluation that reaches a network; to be entered before `attach`."""
+    calls = []
+
+    def counting(forward, *args, **kwargs):
+        calls.append(args[0] if args else kwargs["hidden_states"])
+        return forward(*args, **kwargs)
+
+    for net in networks(pipe):
+        net.forward = functools.partial(counting, net.forward)
+    try:
+        yield calls
+    finally:
+        for net in networks(pipe):
+            del net.forward
+
+
+@functools.cache
+def plain(name, samples=(0,)):
+    """The untouched pipeline's latents at W."""
+    return final_latents(name, pipeline(name), W, samples)
+
+
+def guided(guidance, name, *args, **options):
+    """The latents of an attached run."""
+    with guidance.attach(pipeline(name)):
+        return final_latents(name, pipeline(name), *args, **options)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    """Relative to the size of the latents, which differs much between families."""
+    size = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * size)
+
+
+# --- laws ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDED if name not in RENORMALISED])
+def test_cfg_equals_the_untouched_pipeline(name):
+    """To the last bit, also where the strategy's scale is the pipeline's own.
+
+    Only Z-Image adds the same terms in another order.
+    """
+    for guidance, scale in ((CFG(W), 2.5), (CFG(), W)):
+        found = guided(guidance, name, scale)
+        if FAMILIES[name].offset:
+            assert_close(found, plain(name))
+        else:
+            assert torch.equal(found, plain(name))
+        assert set(guidance.report().rows_per_step) == {2}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_scale_one_equals_the_untouched_pipeline(name):
+    assert torch.equal(guided(CFG(1.0), name), plain(name))
+
+
+@pytest.mark.parametrize("name", RENORMALISED)
+def test_guidance_takes_the_place_of_a_renormalisation(name):
+    """The pipeline's combination ends with a re-normalisation to the conditional prediction; the
+    strategy's does not: it equals the combination by hand, without it."""
+    found = guided(CFG(W), name, 2.5)
+    assert not torch.allclose(found, plain(name), atol=1e-2)
+    assert_close(found, by_hand(name))
+
+
+def by_hand(name):
+    """Euler's method on uncond + W (cond - uncond), from what the network is given."""
+    pipe, given, first = pipeline(name), [], []
+    for net in networks(pipe):
+        handle = net.register_forward_pre_hook(
+            lambda net, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+        )
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: first.append(args[2]) or step(*args, **kwargs)
+    final_latents(name, pipe, W)
+    handle.remove()
+    del pipe.scheduler.step
+    x, sigmas = first[0], pipe.scheduler.sigmas
+    for i, (now, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        if FAMILIES[name].calls == "joint":  # Z-Image: lists [cond, uncond], x0 - eps
+            (_, time, *rest), kwargs = given[i]
+            with torch.no_grad():
+                cond, uncond = pipe.transformer(
+                    list(x.repeat(2, 1, 1, 1)[:, :, None]), time, *rest
+                )[0]
+            v = -(uncond + W * (cond - uncond)).movedim(1, 0)
+        else:
+            outs = []
+            for _, kwargs in given[2 * i : 2 * i + 2]:
+                sample = torch.cat([x, kwargs["hidden_states"][:, x.shape[1] :]], dim=1)
+                with torch.no_grad():
+                    out = pipe.transformer(**{**kwargs, "hidden_states": sample})[0]
+                outs.append(out[:, : x.shape[1]])
+            v = outs[1] + W * (outs[0] - outs[1])
+            if name.startswith("lumina2"):
+                v = -v
+        x = x + (after - now) * v
+    return x
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batch_of_two_equals_two_of_one(name):
+    apg = APG(6.0 if name in GUIDED else 1.0)
+    together = guided(apg, name, W, (0, 1))
+    for i in (0, 1):
+        assert_close(together[i : i + 1], guided(apg, name, W, (i,)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_known_clean_latent_is_where_the_run_ends(name):
+    """So what a strategy sees is in the right space, and its prediction arrives in the pipeline's
+    own packing; the schedulers end at the clean latent, but for the last training step's noise."""
+    knowing = Knowing()
+    with counted(pipeline(name)) as calls:
+        found = guided(knowing, name, W)
+    assert not calls
+    family = FAMILIES[name]
+    if family.unpack:
+        found = family.unpack(pipeline(name), found)
+    if found.shape != knowing.known.shape:  # CogVideoX keeps frames before channels
+        found = found.transpose(1, 2)
+    final = getattr(pipeline(name).scheduler, "final_alpha_cumprod", 1.0)
+    assert_close(found, knowing.known, 1e-4 + 2 * float(1 - final) ** 0.5)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_latents_are_unpacked_as_the_pipeline_does(name):
+    pipe, family, seeing, given = pipeline(name), FAMILIES[name], Seeing(), []
+    with seeing.attach(pipe):
+        step = pipe.scheduler.step
+        pipe.scheduler.step = lambda *args, **kwargs: given.append(args[2]) or step(*args, **kwargs)
+        final_latents(name, pipe, W)
+        pipe.scheduler.step = step
+    for step, latents in zip(seeing.steps, given, strict=True):
+        assert latents.ndim == 3
+        assert torch.equal(step.x, family.unpack(pipe, latents))
+
+
+@pytest.mark.parametrize("name", ["flux-kontext", "flux2-klein-reference", "qwen-image-edit"])
+def test_reference_tokens_reach_the_network_and_no_strategy(name):
+    seeing = Seeing()
+    with counted(pipeline(name)) as calls:
+        guided(seeing, name, W)
+    tokens = seeing.steps[0].x[0].numel() // 16
+    assert all(sample.shape[1] > tokens for sample in calls)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_skipped_passes_do_not_reach_the_network(name):
+    pipe = pipeline(name)
+    seeing = Seeing()
+    guided(seeing, name, W)
+    scales = [W if i % 2 else 1.0 for i in range(len(seeing.steps))]
+    with counted(pipe) as calls, CFG(PerStep(scales)).attach(pipe) as guidance:
+        found = final_latents(name, pipe, 2.5, (0, 1))
+        assert guidance.report().rows_per_step == [2 if w == 1 else 4 for w in scales]
+    assert torch.isfinite(found).all()
+    joint = FAMILIES[name].calls == "joint"
+    expected = [[2] if w == 1 else [4] if joint else [2, 2] for w in scales]
+    assert [len(sample) for sample in calls] == sum(expected, [])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_leaves_nothing_behind(name):
+    pipe = pipeline(name)
+    before = [[*vars(part)] for part in (pipe.scheduler, *networks(pipe))]
+    guided(APG(1.0 if name in ALONE else 9.0), name, W)
+    assert [[*vars(part)] for part in (pipe.scheduler, *networks(pipe))] == before
+    assert torch.equal(final_latents(name, pipe, W), plain(name))
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+METHODS = [
+    FDG(2.0, 5.0),
+    CFGPlusPlus(0.6),
+    CFGZeroStar(5.0),
+    ManifoldProjectedCFG(5.0),
+    PCG(5.0),
+    ICG(5.0),
+    TSG(5.0, low=0.0),
+    CADS(5.0),
+]
+WAN = ["wan", "wan-two-transformers", "wan-per-token-time"]
+MULTISTEP = ["pixart-alpha", "pixart-sigma", "sana"]
+REFUSALS = {
+    "cfg++": dict.fromkeys(WAN, "keeps latents of its own"),
+    "cfg-mp": dict.fromkeys(WAN, "keeps latents of its own")
+    | dict.fromkeys(MULTISTEP, "predictions at earlier latents"),
+    "pcg": dict.fromkeys(WAN, "keeps latents of its own")
+    | dict.fromkeys(MULTISTEP, "predictions at earlier latents")
+    | dict.fromkeys(["sd-lcm", "lcm", "sdxl-turbo"], "adds noise"),
+    "icg": {"dit": r"class labels need ICG\(classes=...\)"},
+    "tsg": {"chroma": "no time embedding"},
+    "cads": {"dit": "noises text embeddings, and found none"},
+}
+WITHOUT_UNCOND = {"icg", "tsg"}
+
+
+@pytest.mark.parametrize("guidance", METHODS, ids=lambda guidance: guidance.name)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_methods_run_or_are_refused_before_the_first_evaluation(name, guidance):
+    missing = "needs the unconditional prediction" if name in ALONE else None
+    refusal = REFUSALS.get(guidance.name, {}).get(name)
+    refusal = refusal or (None if guidance.name in WITHOUT_UNCOND else missing)
+    expected = plain(name)
+    with counted(pipeline(name)) as calls:
+        if refusal:
+            with pytest.raises(GuidanceError, match=refusal):
+                guided(guidance, name, W)
+            assert not calls
+        else:
+            found = guided(guidance, name, W)
+            assert torch.isfinite(found).all() and not torch.equal(found, expected)
+            assert sum(map(len, calls)) == guidance.report().rows
+    record("family", name, guidance.name, REFUSED if refusal else "yes")
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_without_a_second_branch_cfg_says_what_is_missing(name):
+    how = (
+        "true_cfg_scale above 1 and a negative_prompt" if "distilled" in name else "guidance_scale"
+    )
+    with counted(pipeline(name)) as calls:
+        for guidance in (CFG(W), APG(W), CFG(Interval(W)), CFG(W) + TSG(2.0)):
+            with pytest.raises(GuidanceError, match=how):
+                guided(guidance, name)
+    assert not calls
+
+
+def test_class_labels_are_drawn():
+    found = guided(ICG(5.0, classes=1000), "dit", W)
+    assert torch.isfinite(found).all() and not torch.equal(found, plain("dit"))
+
+
+# --- the scale that distilled networks are told --------------------------------------------------
+
+DISTILLED = ["flux-distilled", "hunyuan-video-distilled"]
+
+
+@contextmanager
+def told(name):
+    """What the network of a distilled model is told in each evaluation."""
+    seen = []
+    net = pipeline(name).transformer
+    forward = net.forward
+    net.forward = lambda *a, **k: seen.append(k["guidance"].tolist()) or forward(*a, **k)
+    yield seen
+    del net.forward
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_embedded_guidance_equals_the_pipeline_at_that_scale(name):
+    expected = final_latents(name, pipeline(name), guidance_scale=2.0)
+    assert not torch.allclose(plain(name), expected, atol=1e-3)
+    guidance = EmbeddedGuidance(2.0)
+    assert_close(guided(guidance, name), expected)
+    assert set(guidance.report().rows_per_step) == {1}
+    assert torch.equal(guided(EmbeddedGuidance(), name), plain(name))
+    # at an equal scale and with others that leave the prediction as it is
+    assert_close(guided(EmbeddedGuidance(2.0) + CFG(1.0), name), expected)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_embedded_guidance_follows_its_schedule(name):
+    unit = 1000.0 if name.startswith("hunyuan") else 1.0
+    own = FAMILIES[name].options["guidance_scale"]
+    with told(name) as seen:
+        guided(EmbeddedGuidance(Linear(3.0)), name, 1.0, (0, 1))
+    expected = [[scale * unit] * 2 for scale in (1.0, 3.0, 5.0)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+    with told(name) as seen:
+        guided(EmbeddedGuidance(Linear()), name)
+    expected = [[scale * unit] for scale in (1.0, own, 2 * own - 1)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_others_leave_the_embedded_scale_alone(name):
+    for guidance, evaluations in (
+        (ICG(3.0) + EmbeddedGuidance(2.0), 2),
+        (CADS() + EmbeddedGuidance(2.0), 1),
+    ):
+        with told(name) as seen:
+            found = guided(guidance, name)
+        assert torch.isfinite(found).all() and not torch.equal(found, plain(name))
+        unit = 1000.0 if name.startswith("hunyuan") else 1.0
+        torch.testing.assert_close(torch.tensor(seen), torch.full((3 * evaluations, 1), 2.0 * unit))
+
+
+def test_embedded_guidance_beside_true_cfg():
+    name = "hunyuan-video"
+    expected = final_latents(name, pipeline(name), W, guidance_scale=3.0)
+    assert_close(guided(EmbeddedGuidance(3.0) + CFG(W), name, 2.5, guidance_scale=6.0), expected)
+
+
+def test_embedded_guidance_needs_a_network_that_takes_a_scale():
+    for name in ("sd15", "flux", "sdxl-turbo", "dit"):
+        with counted(pipeline(name)) as calls:
+            with pytest.raises(GuidanceError, match="this network takes none"):
+                guided(EmbeddedGuidance(2.0), name, W)
+        assert not calls
+    with pytest.raises(GuidanceError, match="does not show the units"):
+        guided(EmbeddedGuidance(2.0), "flux-distilled", guidance_scale=0.0)
+
+
+# --- pipelines with a schedule of their own ------------------------------------------------------
+
+
+def test_the_second_transformer_has_its_own_scale():
+    name = "wan-two-transformers"
+    expected = final_latents(name, pipeline(name), W, guidance_scale_2=2.0)
+    assert torch.equal(guided(CFG(), name, W, guidance_scale_2=2.0), expected)
+    seeing = Seeing()
+    guided(seeing, name, W, guidance_scale_2=2.0)
+    assert [step.guidance_scale for step in seeing.steps] == [4.0, 4.0, 2.0, 2.0]
+
+
+def test_steps_that_the_pipeline_truncates():
+    """Where it leaves out the unconditional branch, a strategy that does not need it goes on."""
+    name = "lumina2"
+    expected = final_latents(name, pipeline(name), W, cfg_trunc_ratio=0.5)
+    guidance = CFG(PerStep([W, 1.0, 1.0]))
+    assert torch.equal(guided(guidance, name, 2.5, cfg_trunc_ratio=0.5), expected)
+    assert guidance.report().rows_per_step == [2, 1, 1]
+    with pytest.raises(GuidanceError, match="leave out branches by an Interval"):
+        guided(CFG(W), name, W, cfg_trunc_ratio=0.5)
+    name = "z-image"
+    expected = final_latents(name, pipeline(name), W, cfg_truncation=0.3)
+    guidance = CFG()
+    assert_close(guided(guidance, name, W, cfg_truncation=0.3), expected)
+    assert guidance.report().rows_per_step == [2, 2, 1]
+
+
+def test_the_strategys_schedule_is_the_one_that_counts():
+    """CogVideoX's dynamic CFG is a schedule of the pipeline's scale."""
+    assert torch.equal(guided(CFG(W), "cogvideox", W, use_dynamic_cfg=True), plain("cogvideox"))
+
+
+def test_an_evaluation_too_many_is_refused():
+    """SD3's own skip-layer guidance evaluates its network a third time."""
+    options = dict(skip_guidance_layers=[0], skip_layer_guidance_start=0.0)
+    options |= dict(skip_layer_guidance_stop=1.0)
+    with pytest.raises(GuidanceError, match="more than once per step"):
+        guided(CFG(W), "sd3", W, **options)
+
+
+def test_a_third_branch_is_refused():
+    """InstructPix2Pix batches [text, image, none]."""
+    import diffusers
+
+    parts = fresh("sd-inpaint").components
+    config = {**parts["unet"].config, "in_channels": 8}
+    parts["unet"] = diffusers.UNet2DConditionModel.from_config(config).eval()
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = FAMILIES["sd15"].call((0,))
+    with CFG(W).attach(pipe), pytest.raises(GuidanceError, match="3 rows for 1 samples"):
+        pipe(**call, image=PICTURE, num_inference_steps=2, output_type="latent")
+
+
+def test_a_run_that_starts_in_the_middle_is_not_mistaken():
+    """There time and its complement are the same, so that the network's direction is not known."""
+    name = "lumina2"
+    pipe = fresh(name)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    options = dict(sigmas=[0.5, 0.25], num_inference_steps=2)
+    with CFG(W).attach(pipe), pytest.raises(GuidanceError, match="starts in the middle"):
+        final_latents(name, pipe, W, **options)
