@@ -1,9 +1,10 @@
-"""The command line: `guidancekit generate | compare | fit | methods`."""
+"""The command line: `guidancekit generate | compare | fit | doctor | methods`."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 import textwrap
@@ -25,7 +26,8 @@ OUT = "guidancekit-out"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C)."""
+    """Run the command line; returns the exit code (0, 1 if doctor finds that nothing works, 2 for bad
+    input, 130 for Ctrl-C)."""
     try:
         options = make_parser().parse_args(argv)
         with _one_line_warnings():
@@ -191,7 +193,7 @@ def compare(options: argparse.Namespace) -> int:
     seen = None
     try:
         with _progress(len(rows) * len(columns)) as advance:
-            for pipe, cell in comparison.run(device):
+            for pipe, cell in comparison.run(device, options.together):
                 if pipe is not seen:
                     seen = pipe
                     _warn_unknown_words(pipe, prompts)
@@ -354,6 +356,26 @@ def show_methods(options: argparse.Namespace) -> int:
     return 0
 
 
+# --- doctor -------------------------------------------------------------------------------------
+
+
+def show_diagnosis(options: argparse.Namespace) -> int:
+    """Try every method on a model, and print what works and what does not, and why."""
+    from . import bundled
+    from .doctor import diagnose
+    from .loading import check_scheduler, choose_device, choose_dtype, load_pipeline
+
+    if options.scheduler is not None:
+        check_scheduler(options.scheduler)
+    dtype = choose_dtype(options.model, choose_device(options.device))
+    recipe = Recipe(prompt="", model=options.model, dtype=dtype, scheduler=options.scheduler)
+    _quiet_libraries()
+    pipe = load_pipeline(recipe, options.device)
+    found = diagnose(pipe, bundled.family(options.model))
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return 1 if found.problem else 0
+
+
 # --- options ------------------------------------------------------------------------------------
 
 
@@ -450,6 +472,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", action="append", metavar="ID_OR_FOLDER", help=_MODEL_HELP + "; repeatable"
     )
     grid.add_argument(
+        "--together",
+        action="store_true",
+        help="the methods of a row in one pipeline call: faster on a GPU; seconds are shares of it",
+    )
+    grid.add_argument(
         "--out",
         default=f"{OUT}/compare.png",
         metavar="PNG",
@@ -458,6 +485,23 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run_options(grid)
 
     _add_fit(commands)
+
+    doctor = _command(
+        commands,
+        "doctor",
+        show_diagnosis,
+        "find out which methods work with a model, and why others do not",
+        """\
+        guidancekit doctor
+        guidancekit doctor stabilityai/stable-diffusion-xl-base-1.0 --scheduler dpm++2m
+        """,
+    )
+    doctor.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, metavar="ID_OR_FOLDER", help=_MODEL_HELP
+    )
+    doctor.add_argument("--scheduler", metavar="NAME", help="as for generate [the model's own]")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument("--device", metavar="NAME", help="cuda, mps or cpu [the best there is]")
 
     listing = _command(
         commands,

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import GuidanceError
-from .generate import Picture, follows_pipeline, run, warm_up, with_scale
+from .generate import Picture, follows_pipeline, run, run_together, warm_up, with_scale
 from .grid import Label, draw_grid
 from .loading import default_scale, load_pipeline
 from .recipe import Recipe, installed_versions
@@ -46,10 +46,13 @@ class Comparison:
         scale = default_scale(base.model) if scale is None else scale
         return replace(base, guidance=chosen.guidance, guidance_scale=scale)
 
-    def run(self, device: str | None = None) -> Iterator[tuple[Any, tuple[int, int]]]:
+    def run(
+        self, device: str | None = None, together: bool = False
+    ) -> Iterator[tuple[Any, tuple[int, int]]]:
         """Make the pictures row by row, so that a column that cannot work fails in the first row.
 
-        Yields (pipeline, cell) before each cell is computed. Models are loaded one at a time.
+        Yields (pipeline, cell) before each cell is computed. Models are loaded one at a time. With
+        `together`, the columns of a row that share a guidance scale are one pipeline call.
         """
         pipe, loaded = None, None
         for r, base in enumerate(self.rows):
@@ -59,14 +62,29 @@ class Comparison:
                 warm_up(pipe, base)
             for c, column in enumerate(self.columns):
                 yield pipe, (r, c)
-                if c in self.left_out:
+                if c in self.left_out or (r, c) in self.pictures:
                     continue
+                cells = self._beside(r, c) if together else [c]
                 try:
-                    self.pictures[r, c] = run(pipe, self.recipe(r, c))
+                    if len(cells) == 1:
+                        self.pictures[r, c] = run(pipe, self.recipe(r, c))
+                        continue
+                    made = run_together(pipe, [self.recipe(r, each) for each in cells])
+                    self.pictures |= {(r, each): made[i] for i, each in enumerate(cells)}
                 except GuidanceError as error:
                     if not column.optional:
                         raise
                     self.left_out[c] = str(error)
+
+    def _beside(self, row: int, column: int) -> list[int]:
+        """The columns that one call can make with this one; optional ones may fail alone."""
+        scale = self.recipe(row, column).guidance_scale
+        alike = [
+            c
+            for c in range(column, len(self.columns))
+            if not self.columns[c].optional and self.recipe(row, c).guidance_scale == scale
+        ]
+        return [column] if self.columns[column].optional else alike
 
     def draw(self) -> Image.Image:
         """The grid of the finished pictures; unfinished cells are empty."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .composition import Sum
+from .composition import SideBySide, Sum
 from .errors import GuidanceError
 from .guidance import Guidance
 from .loading import first_line
@@ -94,17 +94,53 @@ def run(pipe: Any, recipe: Recipe) -> Picture:
             image = pipe(**given).images[0]
         seconds = time.perf_counter() - started
         report = guidance.report()
+    made = _made(pipe, replace(recipe, guidance=repr(guidance)), given, image)
+    scales = [round(scale, 4) for scale in report.effective_scale]
+    return Picture(image, made, report.rows, seconds, scales, list(report.warnings))
+
+
+def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
+    """The pictures of recipes that differ in their guidance alone, in one pipeline call.
+
+    Each is the picture of a call of its own, up to rounding; `seconds` is its share of the call.
+    """
+    count, given = len(recipes), arguments(pipe, recipes[0])
+    given["num_images_per_prompt"] = count
+    given["generator"] = [torch.Generator("cpu").manual_seed(each.seed) for each in recipes]
+    _check_arguments(pipe, given)
+    guidance = SideBySide([parse(recipe.guidance) for recipe in recipes])
+    with guidance.attach(pipe):
+        started = time.perf_counter()
+        with refusals(pipe):
+            images = pipe(**given).images
+        seconds = time.perf_counter() - started
+        report = guidance.report()
+    scales = torch.stack([torch.as_tensor(step.scale).cpu() for step in report.steps], dim=1)
+    return [
+        Picture(
+            image,
+            _made(pipe, replace(recipe, guidance=repr(term)), given, image),
+            evaluations,
+            seconds / count,
+            [round(scale, 4) for scale in own.tolist()],
+            list(report.warnings),
+        )
+        for recipe, term, image, evaluations, own in zip(
+            recipes, guidance.terms, images, guidance.evaluations, scales, strict=True
+        )
+    ]
+
+
+def _made(pipe: Any, recipe: Recipe, given: Mapping[str, Any], image: Image.Image) -> Recipe:
+    """The recipe with what was left open when it was run."""
     scale_name = _scale_name(pipe)
-    made = replace(
+    return replace(
         recipe,
-        guidance=repr(guidance),
         guidance_scale=given.get(scale_name, _accepted(pipe)[scale_name].default),
         size=image.size,
         device=pipe.device.type,
         versions=installed_versions(),
     )
-    scales = [round(scale, 4) for scale in report.effective_scale]
-    return Picture(image, made, report.rows, seconds, scales, list(report.warnings))
 
 
 @contextmanager
@@ -138,9 +174,13 @@ def arguments(pipe: Any, recipe: Recipe) -> dict[str, Any]:
         given[_scale_name(pipe)] = recipe.guidance_scale
     if recipe.size is not None:
         given["width"], given["height"] = recipe.size
+    _check_arguments(pipe, given)
+    return given
+
+
+def _check_arguments(pipe: Any, given: Mapping[str, Any]) -> None:
     if missing := given.keys() - _accepted(pipe).keys():
         raise GuidanceError(f"{type(pipe).__name__} does not take {', '.join(sorted(missing))}.")
-    return given
 
 
 def _scale_name(pipe: Any) -> str:

@@ -2,8 +2,8 @@
 
     python -m tests.compatibility --write README.md
 
-runs the tests that call `record`, and writes each table between its markers, which are
-`<!-- compatibility: NAME -->` and `<!-- /compatibility: NAME -->`. Nothing is written if one fails.
+runs the tests that call `record`, and writes their tables between `<!-- compatibility -->` and
+`<!-- /compatibility -->`. Nothing is written if a test fails.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 VARIABLE = "GUIDANCEKIT_COMPATIBILITY"  # the file that a test run records to; unset: none
 YES, REFUSED = "yes", "–"
+OPENING, CLOSING = "<!-- compatibility -->", "<!-- /compatibility -->"
 
 Table = dict[str, dict[str, list[str]]]
 """The outcomes of each row in each column."""
@@ -56,22 +57,40 @@ def tables(lines: Iterable[str]) -> dict[str, Table]:
 
 
 def markdown(name: str, table: Table) -> str:
-    """A table in Markdown; a cell that holds several outcomes shows them all."""
+    """A table in Markdown; a cell that holds several outcomes shows them all.
+
+    A row "A, variant" that says the same as row "A" is only named there.
+    """
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    variants: dict[str, list[str]] = {row: [] for row in table}
+    for row in table:
+        base, _, variant = row.partition(", ")
+        if variant and table.get(base) == table[row]:
+            variants[base].append(variant)
+            del variants[row]
     lines = [[name, *columns], ["---"] * (len(columns) + 1)]
-    for row, cells in table.items():
-        lines.append([row, *(", ".join(cells.get(column, [])) for column in columns)])
+    for row, alike in variants.items():
+        label = f"{row} (also {', '.join(alike)})" if alike else row
+        lines.append([label, *(", ".join(table[row].get(column, [])) for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def insert(text: str, name: str, table: str) -> str:
-    """`text` with `table` between the markers of that name."""
-    opening, closing = f"<!-- compatibility: {name} -->", f"<!-- /compatibility: {name} -->"
-    before, start, rest = text.partition(opening)
-    _, end, after = rest.partition(closing)
+def section(found: dict[str, Table]) -> str:
+    """All tables, and what their cells mean."""
+    legend = (
+        f"`{YES}`: shown by a test. `{REFUSED}`: refused before the network is evaluated, with an "
+        "error that says what to use instead. Written by `make compatibility` from a test run."
+    )
+    return "\n\n".join((*(markdown(name, table) for name, table in found.items()), legend))
+
+
+def insert(text: str, content: str) -> str:
+    """`text` with `content` between its markers."""
+    before, start, rest = text.partition(OPENING)
+    _, end, after = rest.partition(CLOSING)
     if not (start and end):
-        raise SystemExit(f"there is no place for this table: add {opening} and {closing}")
-    return f"{before}{opening}\n{table}\n{closing}{after}"
+        raise SystemExit(f"there is no place for the tables: add {OPENING} and {CLOSING}")
+    return f"{before}{OPENING}\n{content}\n{CLOSING}{after}"
 
 
 def main() -> None:
@@ -84,14 +103,11 @@ def main() -> None:
         if options.records is None:
             run_tests(records)
         found = tables(records.read_text(encoding="utf-8").splitlines())
-    written = {name: markdown(name, table) for name, table in found.items()}
     if options.write is None:
-        print("\n\n".join(written.values()))
+        print(section(found))
         return
     text = options.write.read_text(encoding="utf-8")
-    for name, table in written.items():
-        text = insert(text, name, table)
-    options.write.write_text(text, encoding="utf-8")
+    options.write.write_text(insert(text, section(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":

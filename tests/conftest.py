@@ -8,12 +8,17 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
+import hypothesis
 import pytest
 import torch
 from tiny import tiny_sd, tiny_sdxl
 
 # Networks this small are ten times slower when two threads wait for each other than on one thread.
 torch.set_num_threads(1)
+
+# No test is timed: a busy machine is not a failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -19,7 +19,12 @@ from diffusers import (
     StableDiffusionSAGPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    PAGIdentitySanaLinearAttnProcessor2_0,
+)
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from tiny import latents_of, sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
 from tiny_transformers import noise
 
@@ -634,6 +639,25 @@ def test_pag_in_every_family(family, block, strength, monkeypatch):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_pag_of_linear_attention_is_diffusers_processor(strength):
+    tiny, reference = families.sana(), families.sana()
+    attention = reference.network.transformer_blocks[1].attn1
+    plain, forward = reference(), attention.forward
+    processor = PAGIdentitySanaLinearAttnProcessor2_0()  # for [rows, perturbed rows]
+
+    def blended(hidden_states, **kwargs):
+        identity = processor(attention, hidden_states.repeat(2, 1, 1)).chunk(2)[1]
+        return torch.lerp(forward(hidden_states, **kwargs), identity, strength)
+
+    attention.forward = blended
+    with PAG(strength=strength, layers="transformer_blocks.1").perturbation(step_on(tiny)):
+        found = tiny()
+    torch.testing.assert_close(found, reference(), atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(found, plain, atol=1e-4)
+    assert torch.equal(tiny(), plain)
+
+
 @in_blocks
 @pytest.mark.parametrize("sigma", [None, 1.0])
 def test_seg_in_every_family(family, block, sigma, monkeypatch):
@@ -706,9 +730,10 @@ def test_sag_reads_the_images_attention_to_itself(family, block, monkeypatch):
         tiny()
     with SAG(layers=block).during(step_on(tiny), state):
         tiny()
-    torch.testing.assert_close(state.mass.flatten(1), maps[0], atol=1e-4, rtol=1e-4)
-    assert state.mass.shape == (families.ROWS, *((1, *tiny.tokens)[-3:]))
-    torch.testing.assert_close(state.mass.flatten(1).mean(1), torch.ones(families.ROWS))
+    (mass,) = state.masses
+    torch.testing.assert_close(mass.flatten(1), maps[0], atol=1e-4, rtol=1e-4)
+    assert mass.shape == (families.ROWS, *((1, *tiny.tokens)[-3:]))
+    torch.testing.assert_close(mass.flatten(1).mean(1), torch.ones(families.ROWS))
 
 
 def test_sag_blurs_videos_frame_by_frame():
@@ -716,7 +741,7 @@ def test_sag_blurs_videos_frame_by_frame():
     x0 = noise(2, 4, 3, 8, 12)
     mass = torch.ones(2, 3, 4, 6)
     mass[:, 1, :, :3] = 2.0
-    degraded = SAG().degrade(x0, State(mass=mass))
+    degraded = SAG().degrade(x0, State(masses=[mass]))
     assert torch.equal(degraded[:, :, [0, 2]], x0[:, :, [0, 2]])
     assert torch.equal(degraded[:, :, 1, :, 6:], x0[:, :, 1, :, 6:])
     torch.testing.assert_close(
@@ -913,6 +938,101 @@ def test_nag_leaves_the_unconditional_rows_alone(family):
         guided = tiny()
     torch.testing.assert_close(guided[:1], plain[:1], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(guided[1:], plain[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["nag", "sag"])
+def test_compiled_networks_are_compiled_once(method):
+    """Both keep something between the layers of one full graph."""
+    tiny, graphs = families.flux(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def guided(network):
+        state, step = State(), step_on(tiny, negative=tiny.other_text())
+        guidance = NAG(3.0, negative_prompt="x") if method == "nag" else SAG()
+        with torch.no_grad(), guidance.during(step, state):
+            out = network(**tiny.inputs, return_dict=False)[0]
+        return (out, state.masses[0]) if method == "sag" else (out,)
+
+    expected = guided(tiny.network)
+    torch.compiler.reset()
+    compiled = torch.compile(tiny.network, backend=count, fullgraph=True)
+    try:
+        for _ in range(3):
+            torch.testing.assert_close(guided(compiled), expected, atol=1e-5, rtol=1e-4)
+        assert len(graphs) == 1
+    finally:
+        torch.compiler.reset()
+
+
+# --- image adapters ------------------------------------------------------------------------------
+
+
+def unet_with_an_image_adapter():
+    """A UNet whose cross-attention goes to 5 tokens of text, and then to 3 of an image."""
+    unet = tiny_sd().unet.requires_grad_(False)
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            width = module.to_q.in_features
+            module.set_processor(IPAdapterAttnProcessor2_0(width, 16, num_tokens=(3,)))
+    unet.encoder_hid_proj = torch.nn.Identity()
+    unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    inputs = dict(
+        sample=noise(2, 4, 8, 12),
+        timestep=torch.tensor([700, 300]),
+        encoder_hidden_states=noise(2, families.TEXTS, 16, seed=1),
+        added_cond_kwargs={"image_embeds": [noise(2, 1, 3, 16, seed=2)]},
+    )
+    return families.Tiny(unet, (8, 12), (4, 6), inputs, image="sample")
+
+
+def test_nag_guides_the_text_and_not_the_image_of_an_adapter(monkeypatch):
+    torch.manual_seed(0)  # the adapter's own weights
+    tiny = unet_with_an_image_adapter()
+    plain, negative = tiny(), tiny.other_text()
+    text_only = []
+
+    def attention(q, k, v, mask, scale):
+        out = softmax_attention(q, k, v, mask, scale)
+        if k.shape[2] != families.TEXTS:
+            return out
+        text_only.append(1)
+        positive, other = (each.transpose(1, 2).flatten(2) for each in out.chunk(2))
+        guided = nag_by_hand(3.0, 1.5, 0.6)(positive, other).unflatten(2, (q.shape[1], -1))
+        return guided.transpose(1, 2).repeat(2, 1, 1, 1)
+
+    rows = {**tiny.inputs, **negative}
+    twice = {
+        name: torch.cat([value, rows[name]])
+        for name, value in tiny.inputs.items()
+        if name != "added_cond_kwargs"
+    }
+    twice["added_cond_kwargs"] = {"image_embeds": [noise(2, 1, 3, 16, seed=2).repeat(2, 1, 1, 1)]}
+    with attention_by_hand([tiny.network], attention, monkeypatch):
+        expected = tiny(**twice)[:2]
+    assert text_only
+    guidance = NAG(3.0, tau=1.5, alpha=0.6, negative_prompt="x")
+    with guidance.during(step_on(tiny, negative=negative), State()):
+        torch.testing.assert_close(tiny(), expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(expected, plain, atol=1e-4)
+
+
+def test_an_image_adapter_of_flux_stays_as_it_is():
+    tiny = families.flux()
+    for block in tiny.network.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(16, 16, num_tokens=(3,)))
+    tiny.inputs["joint_attention_kwargs"] = {"ip_hidden_states": [noise(2, 3, 16, seed=3)]}
+    plain, calls = tiny(), []
+
+    def tap(q, k, v, attend, place):
+        calls.append(k.shape[2])
+        return attend(q, k, v)
+
+    with tapped(tiny.network, tiny.grid, lambda: ("cond",), "", tap):
+        assert torch.equal(tiny(), plain)
+    assert calls == [24 + families.TEXTS] * 4, "not the image's attention to the adapter"
 
 
 def test_nag_on_stable_diffusion_3():

@@ -41,7 +41,7 @@ from guidancekit.methods.thresholding import quantile_of
 from guidancekit.tensors import Noise
 
 STEPS = 8
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25)
 
 
 @pytest.fixture(scope="module")

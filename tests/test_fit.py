@@ -405,3 +405,10 @@ def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit):
         main(["fit", command, "--help"])
     assert f"examples:\n  guidancekit fit {command}" in capsys.readouterr().out
+
+
+def test_the_embedded_model_is_the_default_and_has_a_scale(tmp_path):
+    out = tmp_path / "table.json"
+    assert main(["fit", "linear-ag", "a red star", "--steps", "4", "--out", str(out)]) == 0
+    asked = json.loads(out.read_text())["fit"]["asked"]
+    assert (asked["model"], asked["scale"]) == ("scenes-unet", 4.0)

@@ -112,7 +112,7 @@ def test_parse_says_what_it_found(text: str, found: str) -> None:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(scenes(), min_size=1, max_size=10), seeds)
 def test_pictures_depend_on_scenes_and_seed_alone(batch: list[Scene], seed: int) -> None:
     pictures = render_batch(batch, np.random.default_rng(seed))
@@ -122,7 +122,7 @@ def test_pictures_depend_on_scenes_and_seed_alone(batch: list[Scene], seed: int)
     assert np.array_equal(pictures, [render(scene, rng) for scene in batch])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(scenes(), seeds)
 def test_every_object_is_inside_the_picture_and_visible(scene: Scene, seed: int) -> None:
     """The border shows the background, smooth and shaded only a little; the middle does not."""

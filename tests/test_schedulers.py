@@ -300,7 +300,6 @@ def test_cfg_equals_the_untouched_pipeline(name, kind):
         run(name, kind, guidance, scale=2.0), run(name, kind, scale=6.0), atol=2e-4, rtol=1e-3
     )
     assert guidance.report().rows_per_step == [2 * n for n in case.evaluations]
-    record(TABLE, name, "predicts", kind)
     record(TABLE, name, "CFG")
 
 
@@ -381,6 +380,7 @@ def test_the_scheduler_steps_from_level_to_level(name, kind):
             assert float(rest.std()) == pytest.approx(after.sigma, rel=0.03, abs=1e-3)
         else:
             torch.testing.assert_close(rest, after.sigma * eps, **close)
+    record(TABLE, name, "APG, FDG, SAG and others on x0")
 
 
 # DDIM's stride is not the distance of its entries there.
@@ -484,7 +484,6 @@ def test_strategies_read_the_exact_posterior_mean(name, kind):
     finally:
         setattr(pipe, part, network)
     assert guidance.seen == [(i, s) for i, n in enumerate(case.evaluations) for s in range(n)]
-    record(TABLE, name, "APG, FDG, SAG, ... (on x0)")
 
 
 # --- solver steps --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
@@ -23,7 +24,9 @@ from guidancekit import (
     SideBySide,
     parse,
 )
+from guidancekit.compare import Comparison, make_columns
 from guidancekit.guidance import Guidance
+from guidancekit.recipe import Recipe
 
 STEPS = 4
 STRATEGIES = [
@@ -161,6 +164,22 @@ def test_bad_compositions(terms):
         SideBySide(terms)
     with pytest.raises(GuidanceError, match="SideBySide"):
         CFG() + SideBySide([CFG()])
+
+
+def test_a_comparison_in_one_call_per_row(tiny_folder):
+    rows = [Recipe(prompt="a red star", model=tiny_folder, steps=3, seed=seed) for seed in (1, 2)]
+    columns = make_columns(["cfg", "apg(scale=8)", "cfg(1)"], scales=[3.0, 6.0])
+    apart, together = (Comparison(rows, columns) for _ in range(2))
+    list(apart.run())
+    list(together.run(together=True))
+    assert together.pictures.keys() == apart.pictures.keys()
+    for cell, picture in apart.pictures.items():
+        other = together.pictures[cell]
+        difference = np.abs(np.asarray(picture.image, int) - np.asarray(other.image, int))
+        assert difference.max() <= 1, cell
+        assert other.evaluations == picture.evaluations
+        assert other.effective_scale == pytest.approx(picture.effective_scale, abs=1e-3)
+        assert other.recipe == picture.recipe
 
 
 def test_round_trips(tmp_path):

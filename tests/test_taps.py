@@ -150,6 +150,14 @@ def test_an_unknown_network_with_joint_attention_is_refused():
         known.__name__ = "FluxTransformer2DModel"
 
 
+def test_several_images_between_texts_are_refused():
+    """As Z-Image Omni has them, with the same class of network."""
+    tiny = families.z_image()
+    tiny.network.register_to_config(siglip_feat_dim=8)
+    with pytest.raises(GuidanceError, match="does not know where"):
+        seen(tiny, tiny.first)
+
+
 def test_a_grid_that_does_not_fit_is_an_error():
     tiny = families.pixart()
     with (

@@ -17,8 +17,6 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     CogVideoXDDIMScheduler,
     ControlNetModel,
     DDIMScheduler,
@@ -51,7 +49,7 @@ class Family:
     `calls` is how it asks for its branches when it is guided: in one joint batch, in two calls, or
     not at all. `scale_name` is the argument for the CFG scale, if any; `offset` what it lacks to w.
     `renormalises`: its own combination ends with a re-normalisation. `unpack` makes of its packed
-    latents [B, ...] what a strategy should see.
+    latents [B, ...] what a strategy should see. `needs` is a class that old versions lack.
     """
 
     build: Callable[[], Any]
@@ -63,6 +61,7 @@ class Family:
     unpack: Callable[[Any, Tensor], Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
+    needs: str = "DiffusionPipeline"
 
 
 FAMILIES: dict[str, Family] = {}
@@ -636,13 +635,14 @@ FAMILIES |= {
         calls="sequential",
         options=_SQUARE,
     ),
-    "z-image": Family(_z_image, _lists, offset=1.0, options=_SQUARE),
+    "z-image": Family(_z_image, _lists, offset=1.0, options=_SQUARE, needs="ZImagePipeline"),
     "z-image-renormalised": Family(
         _z_image,
         _lists,
         offset=1.0,
         options=_SQUARE | {"cfg_normalization": 0.8},
         renormalises=True,
+        needs="ZImagePipeline",
     ),
 }
 
@@ -700,7 +700,7 @@ def _klein() -> Any:
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=False,
     )
-    vae = AutoencoderKLFlux2(
+    vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2
     )
     return diffusers.Flux2KleinPipeline(
@@ -737,7 +737,7 @@ class _SmallReferences(diffusers.QwenImageEditPipeline):
 
 
 def _qwen_edit() -> Any:
-    vae = AutoencoderKLQwenImage(
+    vae = diffusers.AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -810,6 +810,7 @@ FAMILIES |= {
         calls="sequential",
         unpack=_unpack_klein,
         options=_OBLONG,
+        needs="Flux2KleinPipeline",
     ),
     "flux2-klein-reference": Family(
         _klein,
@@ -817,6 +818,7 @@ FAMILIES |= {
         calls="sequential",
         unpack=_unpack_klein,
         options=_OBLONG,
+        needs="Flux2KleinPipeline",
     ),
     "qwen-image": Family(
         _qwen,
@@ -985,3 +987,6 @@ FAMILIES |= {
         options=_CLIP,
     ),
 }
+
+for _name in [name for name, family in FAMILIES.items() if not hasattr(diffusers, family.needs)]:
+    del FAMILIES[_name]

@@ -2,7 +2,8 @@
 
 `attachment.py` connects the two and takes them apart again; `run.py` follows one run of the
 pipeline; `call.py` knows how a pipeline lays out its branches in one network call; `noise.py` knows
-the schedulers; `layers.py` reaches into the network's layers; `report.py` counts.
+the schedulers; `layers.py` reaches into the network's layers, with `kernels.py`, which sees what
+attention computes, and `sequence.py`, which knows where the image lies in it; `report.py` counts.
 """
 
 from .attachment import Attachment

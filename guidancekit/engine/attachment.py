@@ -12,6 +12,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,12 +62,13 @@ class Attachment:
             if isinstance(other, DenoiserHook):
                 other.remove(network)
             self._new.append({"forward", "_diffusers_hook"} - vars(network).keys())
-            registry = HookRegistry.check_if_exists_or_initialize(network)
+            # A registry of its own also for torch.compile's module around another one.
+            registry = vars(network).setdefault("_diffusers_hook", HookRegistry(network))
             registry.register_hook(DenoiserHook(self, network), _HOOK)
 
     def _unpatch_denoisers(self) -> None:
         for network, new in zip(self.denoisers, self._new, strict=True):
-            registry = HookRegistry.check_if_exists_or_initialize(network)
+            registry = vars(network)["_diffusers_hook"]
             registry.remove_hook(_HOOK, recurse=False)
             if not registry.hooks:
                 for name in new:
@@ -75,10 +77,13 @@ class Attachment:
     def _patch_scheduler(self) -> None:
         """Replace the scheduler's methods on the instance (it is not a module, it has no hooks)."""
         self.scheduler = self.pipe.scheduler
-        other = getattr(vars(self.scheduler).get("step"), "attachment", None)
-        if other is not None:
-            other.remove()
         around = {"set_timesteps": self.begin, "step": self.finish_step}
+        other = getattr(vars(self.scheduler).get("step"), "attachment", None)
+        if other is not None and other.scheduler is self.scheduler:
+            other.remove()
+        elif other is not None:  # it is a copy of the scheduler that the other one is on
+            for name in around:
+                vars(self.scheduler).pop(name, None)
         self._replaced = {name: vars(self.scheduler).get(name) for name in around}
         for name, method in around.items():
             setattr(self.scheduler, name, _around(self.scheduler, name, method, self))
@@ -143,6 +148,8 @@ class Attachment:
                 stacklevel=2,
             )
             return
+        if any(network._compiled_call_impl is not None for network in self.denoisers):
+            _hide_from_compiler()
         self.run = Run(guidance, self.pipe)
         self.used = True
 
@@ -194,10 +201,25 @@ class DenoiserHook(ModelHook):
 
     def remove(self, network: Any) -> None:
         """Make room for another guidance on `network`, which may be a copy of the one hooked."""
-        if network is self.network and self.attachment.installed:
+        if any(network is own for own in self.attachment.denoisers):
             self.attachment.remove()
         else:
             network._diffusers_hook.remove_hook(_HOOK, recurse=False)
+
+
+def _hide_from_compiler() -> None:
+    """Of a network that was compiled in place, the forward inside the hook is compiled alone.
+
+    What the network's layers call of ours is still compiled with them, taps for example.
+    """
+    from torch._dynamo import trace_rules
+
+    if not trace_rules.check_file(__file__).skipped:
+        here = Path(__file__)
+        trace_rules.add(__name__.partition(".")[0])
+        trace_rules.get_mod_inlinelist().update(
+            path.as_posix() for path in here.parents[1].rglob("*.py") if path != here
+        )
 
 
 def _mentions(callback: Any, guidance: Guidance) -> bool:

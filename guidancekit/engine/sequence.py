@@ -86,7 +86,9 @@ class Sequence:
     def __init__(self, network: nn.Module, grid: tuple[int, ...]) -> None:
         self.name, self.latent = type(network).__name__, grid
         known = [ORDERS[cls.__name__] for cls in type(network).__mro__ if cls.__name__ in ORDERS]
-        self.order = known[0] if known else None
+        config = getattr(network, "config", {})
+        several = config.get("siglip_feat_dim") is not None  # Z-Image Omni: images between texts
+        self.order = known[0] if known and not several else None
         self.grid = None if hasattr(network, "down_blocks") else self._patches(network)
         self.stream: int | None = None
 

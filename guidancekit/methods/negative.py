@@ -94,12 +94,14 @@ def first_block(
             return layer(**given)
         raise _Reached(layer.module, given)
 
-    with (
-        step.around(is_given_text, stop, what="block that is given a text"),
-        torch.compiler.set_stance("force_eager"),  # nothing to compile in a piece of a network
-    ):
-        try:
+    @torch.compiler.disable
+    def evaluate() -> None:
+        with torch.compiler.set_stance("force_eager"):  # a piece of a network is not worth a graph
             evaluation()
+
+    with step.around(is_given_text, stop, what="block that is given a text"):
+        try:
+            evaluate()
         except _Reached as reached:
             return reached.found
     raise GuidanceError("A negative prompt cannot act: no block of the network was given a text.")
@@ -208,7 +210,7 @@ class JointTwice(Twice):
         if self.text is None or at <= self.at:  # an evaluation begins
             self.text = self.negative[TEXT]
         self.at = at
-        own = {name: value for name, value in self.negative.items() if name in given and _of(name)}
+        own = {name: self.negative[name] for name in given if _beside_text(name, self.negative)}
         if TEXT in streams:
             self.positive_length = given[TEXT].shape[1]
             self._check_positions(given)
@@ -223,19 +225,19 @@ class JointTwice(Twice):
         """Some networks are given the positions of text and image, for one length of text."""
         assert self.text is not None
         own, length = self.text.shape[1], given[TEXT].shape[1]
+        both = length + given[IMAGE].shape[1]
         positions = pytree.tree_leaves(given.get("image_rotary_emb"))
-        if own != length and any(
-            each.shape[0] == length + given[IMAGE].shape[1] for each in positions
-        ):
+        fixed = any(isinstance(each, Tensor) and each.shape[0] == both for each in positions)
+        if fixed and own != length:
             raise GuidanceError(
                 f"The negative prompt has {own} tokens and the prompt {length}, for which the "
                 "pipeline gives the positions: encode both to the same length."
             )
 
 
-def _of(name: str) -> bool:
-    """Whether an argument belongs to the text beside its tokens: masks and rotary positions."""
-    return "mask" in name or "rotary" in name
+def _beside_text(name: str, given: dict[str, Any]) -> bool:
+    """Whether an argument goes with the length of the text: masks and rotary positions."""
+    return name in given and ("mask" in name or "rotary" in name)
 
 
 def of_rows(given: dict[str, Any], rows: slice, count: int) -> dict[str, Any]:

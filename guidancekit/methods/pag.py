@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..engine.layers import Attend, Place
+from ..engine.layers import Attend, Layer, Place
+from ..errors import GuidanceError
 from ..guidance import Preset
 from ..parameters import Range
-from ..step import Moment
+from ..step import Moment, Step
 from .perturbed import AdditiveScale, PerturbedGuidance
 
 
@@ -18,9 +21,10 @@ class PAG(PerturbedGuidance):
     """Perturbed-attention guidance: away from identity attention maps, arXiv:2403.17377.
 
     In the chosen self-attention layers the map becomes the identity, so each token keeps its own
-    value; where text and image attend together, an image token sees itself and all that is not the
-    image (Diffusers' rule for SD3), and the text's map stays. Then guided + scale (cond -
-    perturbed), the same in every space. `strength` u blends the maps, (1 - u) A + u I (SoftPAG).
+    value, in linear attention (Sana) too; where text and image attend together, an image token sees
+    itself and all that is not the image (Diffusers' rule for SD3), and the text's map stays. Then
+    guided + scale (cond - perturbed), the same in every space. `strength` u blends the maps,
+    (1 - u) A + u I (SoftPAG); 1 is PAG.
     Scale 3 with CFG, 5 without, layer "mid": the authors' for SD and SDXL; their ADM code's "4" is
     our 3. No layers are published for Flux, Qwen, Wan and DiT (unverified).
     Cost: 1 further evaluation per step.
@@ -35,6 +39,9 @@ class PAG(PerturbedGuidance):
             ("sd21", "mid", "cvlab-kaist/Perturbed-Attention-Guidance, with CFG 4"),
             ("sdxl", "mid", "cvlab-kaist/Perturbed-Attention-Guidance, with CFG 4"),
             ("sd3", "transformer_blocks.13", "diffusers StableDiffusion3PAGPipeline"),
+            ("pixart", "transformer_blocks.14", "diffusers PixArtSigmaPAGPipeline, its example"),
+            ("sana", "transformer_blocks.8", "diffusers SanaPAGPipeline, its example"),
+            ("hunyuan-dit", "blocks.14", "diffusers HunyuanDiTPAGPipeline, its example"),
         )
     }
 
@@ -59,8 +66,30 @@ class PAG(PerturbedGuidance):
         blend = torch.lerp(image.float(), identity.float(), self.strength).to(out.dtype)
         return torch.cat([out[:, :, : place.image.start], blend, out[:, :, place.image.stop :]], 2)
 
+    @contextmanager
+    def perturbation(self, step: Step) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(step.around(is_linear, self.perturb_linear, layers=self.layers))
+            except GuidanceError:  # what other networks have
+                stack.enter_context(super().perturbation(step))
+            yield
+
+    def perturb_linear(self, layer: Layer, *args: Any, **kwargs: Any) -> Tensor:
+        """A layer of linear attention, which makes no map: what it puts out for own values only."""
+        attention: Any = layer.module
+        values = attention.to_v(layer.arguments(args, kwargs)["hidden_states"])
+        identity: Tensor = attention.to_out[1](attention.to_out[0](values))
+        if self.strength == 1:
+            return identity
+        return torch.lerp(layer(*args, **kwargs), identity, self.strength)
+
     def neutral(self, moment: Moment) -> bool:
         return self.scale == 0 or self.strength == 0
+
+
+def is_linear(name: str, module: nn.Module) -> bool:
+    return type(getattr(module, "processor", None)).__name__ == "SanaLinearAttnProcessor2_0"
 
 
 def itself_and_others(
@@ -71,18 +100,19 @@ def itself_and_others(
     q, k and v are [rows, heads, tokens, width]; a map of all tokens by all is never made.
     """
     k, v = k.float(), v.float()
+    other_k, other_v = without(k, image, 2), without(v, image, 2)
     mask = None if attend.mask is None else additive(attend.mask, q)
     parts = []
     for start in range(image.start, image.stop, chunk):
         now = slice(start, min(start + chunk, image.stop))
         query = q[:, :, now].float() * attend.scale
         itself = (query * k[:, :, now]).sum(-1, keepdim=True)
-        others = query @ without(k, image, 2).transpose(-1, -2)
+        others = query @ other_k.transpose(-1, -2)
         if mask is not None:
             itself = itself + mask[..., now, now].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
             others = others + without(mask[..., now, :], image, -1)
         weights = torch.softmax(torch.cat([itself, others], dim=-1), dim=-1)
-        parts.append(weights[..., :1] * v[:, :, now] + weights[..., 1:] @ without(v, image, 2))
+        parts.append(weights[..., :1] * v[:, :, now] + weights[..., 1:] @ other_v)
     return torch.cat(parts, dim=2)
 
 

@@ -95,23 +95,24 @@ class SAG(BlurGuidance):
     def during(self, step: Step, state: State) -> AbstractContextManager[None]:
         if self.scale == 0:
             return nullcontext()
-        branch, state.mass = base_branch(step), None
+        branch = base_branch(step)
+        state.masses = masses = list[Tensor]()  # of the first layer and evaluation
 
         def read(q: Tensor, k: Tensor, v: Tensor, attend: Attend, place: Place) -> Tensor:
             rows = place.rows(branch, q.shape[0])
-            if state.mass is None and rows.stop > rows.start:  # the first layer and evaluation
-                k_image = k[rows, :, place.image]
-                mass = received(q[rows, :, place.image], k_image, attend.scale)
-                state.mass = mass.unflatten(-1, (-1, *place.grid[-2:]))
+            if not masses and rows.stop > rows.start:
+                q_image, k_image = q[rows, :, place.image], k[rows, :, place.image]
+                mass = received(q_image, k_image, attend.scale)
+                masses.append(mass.unflatten(-1, (-1, *place.grid[-2:])))
             return attend(q, k, v)
 
         return step.attention(self.layers, read)
 
     def degrade(self, x0: Tensor, state: State) -> Tensor:
-        if state.mass is None:
+        if not state.masses:
             raise GuidanceError(unseen("the network"))
-        height, width = state.mass.shape[-2:]
-        mask = (state.mass > 1.0).float().reshape(x0.shape[0], 1, -1, height, width)
+        height, width = state.masses[0].shape[-2:]
+        mask = (state.masses[0] > 1.0).float().reshape(x0.shape[0], 1, -1, height, width)
         mask = F.interpolate(mask, (1, *x0.shape[2:])[-3:], mode="nearest")
         mask = mask.reshape(x0.shape[0], 1, *x0.shape[2:])
         return x0 + mask * (super().degrade(x0, state) - x0)

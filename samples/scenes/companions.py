@@ -2,11 +2,11 @@
 
 The model must have been exported, since its companions are made for its very weights. Run it as::
 
-    torchrun --nproc-per-node 2 -m samples.scenes.companions weak --minutes 8 --compile
+    torchrun --nproc-per-node 2 -m samples.scenes.companions weak --minutes 8
     python -m samples.scenes.companions head --minutes 3
     python -m samples.scenes.companions scorer --minutes 3
     python -m samples.scenes.companions annealing --minutes 5
-    python -m samples.scenes.companions linear-ag --minutes 2
+    python -m samples.scenes.companions linear-ag --minutes 3
     python -m samples.scenes.companions export
 
 An interrupted run goes on from its checkpoint in `--folder` when started again; for the last two,

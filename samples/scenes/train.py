@@ -16,14 +16,16 @@ A run that was interrupted goes on from its checkpoint in `--folder` when starte
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -192,9 +194,9 @@ class Denoising:
         self.fixed = np.arange(len(self.scenes) - CHECK_COUNT, len(self.scenes))
 
     def draw(self, rng: np.random.Generator, count: int) -> Noisy:
-        """A batch of scenes, mostly in the middle of the noise."""
+        """A batch of scenes at random timesteps."""
         chosen = self.choose(rng, count)
-        times = timesteps(count, len(self.signal), self.device)
+        times = torch.randint(len(self.signal), (count,), device=self.device)
         noise = torch.randn(count, *self.latents.shape[1:], device=self.device)
         return self._noisy(chosen, times, noise, self.tokens(chosen, rng))
 
@@ -232,18 +234,6 @@ class Denoising:
         return Noisy(noisy, times, tokens, velocity)
 
 
-def timesteps(count: int, steps: int, device: str) -> Tensor:
-    """Mostly the middle of the noise, where shapes and colours are decided.
-
-    Above two thirds of the steps there is little to learn but much variance: what the caption
-    leaves open. Three in ten are drawn evenly over all steps.
-    """
-    middle = torch.sigmoid(0.9 * torch.randn(count, device=device) - 0.6)
-    even = torch.rand(count, device=device)
-    share = torch.where(torch.rand(count, device=device) < 0.3, even, middle)
-    return (share * steps).long().clamp_(max=steps - 1)
-
-
 def train_unet(folder: Path, minutes: float, device: str, compiled: bool = False) -> None:
     """Predict the velocity of noisy latents from them, the timestep and a caption."""
     words = tokenizer()
@@ -272,7 +262,7 @@ def train_denoiser(
     model.unet.set_attn_processor(AttnProcessor())
     model.text_encoder.set_attn_implementation("eager")
     if compiled:
-        model.unet.compile()
+        compile_unet(model.unet)
     fit(
         model,
         loss,
@@ -283,6 +273,25 @@ def train_denoiser(
         device=device,
         check=check,
     )
+
+
+def compile_unet(unet: UNet2DConditionModel) -> None:
+    """Compile a U-Net, with upsampling written out.
+
+    The compiled backward pass of `interpolate` (bfloat16, CPU, torch 2.13) is zero: everything
+    below it would never learn.
+    """
+    for layer in unet.modules():
+        if isinstance(layer, Upsample2D):
+            layer.forward = functools.partial(upsample, layer)
+    unet.compile()
+
+
+def upsample(layer: Upsample2D, x: Tensor, output_size: int | None = None) -> Tensor:
+    """What `layer` makes of x, (n, c, h, w), at twice the size."""
+    n, c, h, w = x.shape
+    doubled = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(n, c, 2 * h, 2 * w)
+    return layer.conv(doubled)
 
 
 @torch.no_grad()

@@ -99,6 +99,8 @@ def fit(
             terms = loss(model, rng)
         optimiser.zero_grad()
         sum(terms.values()).backward()
+        if step == 9:  # by then, what starts from zero has moved
+            _check_gradients(model)
         _share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -120,6 +122,17 @@ def _agreed(value: float) -> float:
     shared = torch.tensor(value, dtype=torch.float64)
     distributed.broadcast(shared, 0)
     return float(shared)
+
+
+def _check_gradients(model: nn.Module) -> None:
+    """Every weight must have a part in the loss: a broken backward pass is silent."""
+    dead = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim > 1 and (p.grad is None or not p.grad.any())
+    ]
+    if dead:
+        raise RuntimeError(f"{len(dead)} weights get no gradient, the first of them {dead[0]}")
 
 
 def _share_gradients(model: nn.Module) -> None:
