@@ -26,8 +26,10 @@ OUT = "guidancekit-out"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, 1 if doctor finds that nothing works, 2 for bad
-    input, 130 for Ctrl-C)."""
+    """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C).
+
+    It is 1 if `doctor` finds that a model is not supported.
+    """
     try:
         options = make_parser().parse_args(argv)
         with _one_line_warnings():
@@ -368,7 +370,7 @@ def show_diagnosis(options: argparse.Namespace) -> int:
     if options.scheduler is not None:
         check_scheduler(options.scheduler)
     dtype = choose_dtype(options.model, choose_device(options.device))
-    recipe = Recipe(prompt="", model=options.model, dtype=dtype, scheduler=options.scheduler)
+    recipe = Recipe(prompt="doctor", model=options.model, dtype=dtype, scheduler=options.scheduler)
     _quiet_libraries()
     pipe = load_pipeline(recipe, options.device)
     found = diagnose(pipe, bundled.family(options.model))

@@ -730,6 +730,7 @@ def _qwen(cls: Any = diffusers.QwenImagePipeline, **parts: Any) -> Any:
 class _SmallReferences(diffusers.QwenImageEditPipeline):
     """Encodes its reference picture at 32 x 32 instead of a million pixels."""
 
+    @functools.wraps(diffusers.QwenImageEditPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit"
         with mock.patch(f"{module}.calculate_dimensions", return_value=(32, 32, None)):

@@ -165,10 +165,9 @@ class Attachment:
             self._unpatch_scheduler()
             self._patch_scheduler()
             self._start()
-        run = self.run
-        if run is None or (run.finished and scope_of(self.pipe) is None):
+        if self.run is None or scope_of(self.pipe) is None:
             return forward(*args, **kwargs)
-        return run.denoise(network, forward, args, kwargs)
+        return self.run.denoise(network, forward, args, kwargs)
 
     def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's `step`."""

@@ -1,4 +1,10 @@
-"""One run of a guided pipeline: the position, the state, the evaluations and the report."""
+"""One run of a guided pipeline: the position, the state, the evaluations and the report.
+
+The strategy's prediction is what the scheduler steps on. Of what the pipeline itself makes of its
+branches, its rescaling (guidance_rescale) is applied to that prediction too, because the caller
+asks for it; its re-normalisation to the conditional prediction (Qwen-Image, Lumina 2, Z-Image) and
+its schedules of the scale (CogVideoX) are replaced: strategies say themselves how far to go.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GuidanceError
-from ..step import COND, Branch, Level, Moment, Prediction, Step
+from ..step import BOTH, Branch, Level, Moment, Prediction, Step
 from ..tensors import match_std, norm
 from . import noise
 from .arguments import Arguments
@@ -118,11 +124,6 @@ class Run:
         assert guidance is not None  # the running call, or a with block, keeps it alive
         return guidance
 
-    @property
-    def branches(self) -> tuple[Branch, ...]:
-        """The branches of this run, in the pipeline's order."""
-        return self.shape.branches if self.shape else COND
-
     def denoise(
         self,
         network: torch.nn.Module,
@@ -210,8 +211,6 @@ class Run:
         elif len(self.passes.branches) not in self.verified:
             self._verify(output)
         assert self.step is not None and self.guided is not None
-        # What the pipeline did to the prediction on the way, it did to equal branches: nothing, but
-        # for a re-normalisation of its own, in whose place the strategy is.
         given.arguments["model_output"] = self._like(layout.sign * self.guided, output)
         if self.passes.moved:
             moved = self.step.level.scale * layout.pack(self.step.x)
@@ -245,10 +244,11 @@ class Run:
         makes of the branches, and nothing else happened on the way."""
         assert self.shape is not None and self.passes is not None and self.guided is not None
         answers, sign = self._answers, self.shape.layout.sign
-        expected = list(self._combinations(answers["cond"].float(), answers["uncond"].float()))
-        found = output[: answers["cond"].shape[0]].float()
-        if found.numel() == expected[0].numel():
-            found = sign * found.reshape(expected[0].shape)
+        cond, uncond = (answers[branch].float() for branch in BOTH[::-1])
+        expected = list(self._combinations(cond, uncond))
+        found = output[: cond.shape[0]].float()
+        if expected and found.numel() == cond.numel():
+            found = sign * found.reshape(cond.shape)
             if _is_any_of(found, expected, self.guided.dtype):
                 self.verified.add(len(self.passes.branches))
                 return
@@ -359,11 +359,11 @@ class Run:
         _check_caches(networks(self.pipe))
         planned = SimpleNamespace()
         needs = [guidance.evaluates, *(guidance.needs(each, planned) for each in self.moments)]
-        if any("uncond" in needed for needed in needs) and "uncond" not in self.branches:
+        assert self.shape is not None
+        if any("uncond" in needed for needed in needs) and "uncond" not in self.shape.branches:
             raise GuidanceError(
                 f"{guidance!r} needs the unconditional prediction, but "
-                f"{type(self.pipe).__name__} was called without it. {self._how_to_ask()}; the "
-                "scale of the strategy is the one that counts."
+                f"{type(self.pipe).__name__} was called without it. {self._how_to_ask()}"
             )
         acts = [guidance.acts(moment, planned) for moment in self.moments]
         if guidance.scheduled and not any(acts):
@@ -375,15 +375,23 @@ class Run:
 
     def _how_to_ask(self) -> str:
         """How this pipeline is made to evaluate its unconditional branch."""
+        found = next(iter(_scales(self.pipe, scope_of(self.pipe) or {})), None)
         if "true_cfg_scale" in inspect.signature(type(self.pipe).__call__).parameters:
-            return (
+            call = (
                 "Call it with a true_cfg_scale above 1 and a negative_prompt, for example "
                 'true_cfg_scale=4, negative_prompt=""'
             )
-        return (
-            f"Call it with a guidance_scale above 1 (found {self._scale}), for example "
-            "guidance_scale=5"
-        )
+        elif found is not None and found > 1:
+            return (
+                f"It makes none at a guidance_scale of {found:g} either: the model is distilled. "
+                "Use a strategy that needs none, such as ICG, TSG, PAG, SAG or NAG."
+            )
+        else:
+            call = (
+                f"Call it with a guidance_scale above 1 (found {found}), for example "
+                "guidance_scale=5"
+            )
+        return f"{call}; the scale of the strategy is the one that counts."
 
     def _warn(self, message: str) -> None:
         if message not in self.report.warnings:
@@ -437,16 +445,15 @@ class Run:
     def _gather(self, wanted: Mapping[Branch, Sequence[int] | None]) -> dict[Branch, Tensor]:
         """Network outputs of some rows of each branch (None: all), in one batch where it can be."""
         assert self.passes is not None
-        if not self.passes.joint or set(wanted) < set(self.branches):
+        branches = self.passes.last.branches
+        if not self.passes.joint or set(wanted) < set(branches):
             return {branch: self._network(branch, rows=rows) for branch, rows in wanted.items()}
         everyone = range(self.passes.last.batch)
-        rows = [
-            everyone if (given := wanted[branch]) is None else given for branch in self.branches
-        ]
+        rows = [everyone if (given := wanted[branch]) is None else given for branch in branches]
         chosen = [i * len(everyone) + row for i, own in enumerate(rows) for row in own]
         out = self._network(rows=None if len(chosen) == 2 * len(everyone) else chosen)
         parts = out.split([len(own) for own in rows])
-        return dict(zip(self.branches, parts, strict=True))
+        return dict(zip(branches, parts, strict=True))
 
     def _evaluate_branch(
         self,
