@@ -22,11 +22,17 @@ METHODS = [
 ]
 NO_TEXT_APART = ("dit", "lumina2", "z-image")
 JOINT = ("sd3", "auraflow", "cog", "flux", "qwen", "chroma", "hunyuan-video")
+UNKNOWN = {"mochi": "no layer of that kind"}  # its attention and blocks are classes of their own
+LINEAR = {"sana": "linear attention"} | UNKNOWN
 REFUSALS = {
-    "seg": {"sana": "linear attention"},
-    "sag": {"sana": "linear attention"},
-    "nag": dict.fromkeys(NO_TEXT_APART, "given a text"),
-    "nasa": dict.fromkeys(NO_TEXT_APART, "given a text") | dict.fromkeys(JOINT, "Use NAG"),
+    "pag": UNKNOWN,
+    "seg": LINEAR,
+    "slg": UNKNOWN,
+    "sag": LINEAR,
+    "nag": dict.fromkeys(NO_TEXT_APART, "given a text") | UNKNOWN,
+    "nasa": dict.fromkeys(NO_TEXT_APART, "given a text")
+    | dict.fromkeys(JOINT, "Use NAG")
+    | UNKNOWN,
 }
 
 

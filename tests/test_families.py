@@ -329,9 +329,12 @@ REFUSALS = {
     "pcg": dict.fromkeys(WAN, "keeps latents of its own")
     | dict.fromkeys(MULTISTEP, "predictions at earlier latents")
     | dict.fromkeys(["sd-lcm", "lcm", "sdxl-turbo"], "adds noise"),
-    "icg": {"dit": r"class labels need ICG\(classes=...\)"},
+    "icg": {
+        "dit": r"class labels need ICG\(classes=...\)",
+        "animatediff": "found the conditions none",  # it has one text for each frame
+    },
     "tsg": {"chroma": "no time embedding"},
-    "cads": {"dit": "noises text embeddings, and found none"},
+    "cads": dict.fromkeys(["dit", "animatediff"], "noises text embeddings, and found none"),
 }
 WITHOUT_UNCOND = {"icg", "tsg"}
 
@@ -366,11 +369,13 @@ def test_without_a_second_branch_cfg_says_what_is_missing(name):
             with pytest.raises(GuidanceError, match=how):
                 guided(guidance, name)
     assert not calls
+    record("family", name, "cfg", REFUSED)
 
 
 def test_class_labels_are_drawn():
     found = guided(ICG(5.0, classes=1000), "dit", W)
     assert torch.isfinite(found).all() and not torch.equal(found, plain("dit"))
+    record("family", "dit", "icg", "yes, with classes=...")
 
 
 # --- the scale that distilled networks are told --------------------------------------------------
@@ -507,3 +512,66 @@ def test_a_run_that_starts_in_the_middle_is_not_mistaken():
     options = dict(sigmas=[0.5, 0.25], num_inference_steps=2)
     with CFG(W).attach(pipe), pytest.raises(GuidanceError, match="starts in the middle"):
         final_latents(name, pipe, W, **options)
+
+
+# --- texts and pictures of the pipeline's own ----------------------------------------------------
+
+
+class Telling(Seeing):
+    """Reads other texts, and decodes its prediction."""
+
+    name = "telling"
+
+    def guide(self, step, state):
+        self.told = self.ask(step)
+        return super().guide(step, state)
+
+
+def asked(pipe, name, question):
+    telling = Telling()
+    telling.ask = question
+    with telling.attach(pipe):
+        final_latents(name, pipe, W)
+    return telling
+
+
+def test_other_texts_are_told_apart_by_their_sizes():
+    """Pipelines return the embeddings of a text in an order of their own."""
+    pipe = fresh("hunyuan-video")
+    text, pooled = torch.randn(1, 3, 8), torch.randn(1, 8)
+    pipe.tokenizer = object()
+
+    def encode_prompt(prompt, prompt_2, device=None):
+        assert (prompt, prompt_2) == ("a star", None)
+        return None, torch.ones(1, 8, dtype=torch.long), pooled, text
+
+    def question(step):
+        pipe.encode_prompt = encode_prompt  # the pipeline has encoded its own text by now
+        return step.encode("a star")
+
+    found = asked(pipe, "hunyuan-video", question).told
+    assert torch.equal(found["encoder_hidden_states"], text)
+    assert torch.equal(found["pooled_projections"], pooled) and len(found) == 2
+
+
+def test_texts_cannot_take_the_place_of_masked_ones():
+    pipe = fresh("pixart-sigma")
+    pipe.tokenizer = object()
+    short = FAMILIES["pixart-sigma"].call((0,))
+    short["prompt_attention_mask"] = short["negative_prompt_attention_mask"]
+    telling = Telling()
+    telling.ask = lambda step: step.encode("a star")
+    with telling.attach(pipe), pytest.raises(GuidanceError, match="masks its texts"):
+        final_latents("pixart-sigma", pipe, W, **short)
+
+
+def test_predictions_are_decoded_as_the_pipeline_does():
+    """Qwen-Image has an autoencoder for video; Flux 2 normalises in a way of its own."""
+    pipe = fresh("qwen-image-edit")
+    telling = asked(pipe, "qwen-image-edit", lambda step: step.decode(step.cond.x0))
+    x0 = telling.steps[-1].cond.x0
+    with torch.no_grad():
+        expected = pipe.vae.decode(x0[:, :, None]).sample[:, :, 0]  # mean 0, deviation 1
+    torch.testing.assert_close(telling.told, (expected / 2 + 0.5).clamp(0, 1))
+    with pytest.raises(GuidanceError, match="cannot decode single predictions"):
+        asked(fresh("flux2-klein"), "flux2-klein", lambda step: step.decode(step.cond.x0))

@@ -274,6 +274,22 @@ def _with_ip_adapter(pipe: Any) -> Any:
     return pipe
 
 
+def _animatediff() -> Any:
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=2,
+        motion_num_attention_heads=2,
+    )
+    return diffusers.AnimateDiffPipeline(
+        unet=_unet(TEXT_WIDTH),
+        motion_adapter=adapter,
+        scheduler=_ddim(),
+        vae=_autoencoder().eval(),
+        **_nothing("text_encoder", "tokenizer"),
+    )
+
+
 def _picture_embeds(samples: Samples) -> dict[str, Any]:
     """Of one picture for all samples: the negative, then the positive embedding."""
     return {"ip_adapter_image_embeds": [torch.cat([embed((0,), 1, WIDTH, seed=i) for i in (4, 5)])]}
@@ -371,6 +387,11 @@ FAMILIES |= {
         scale_name=None,
         options={"guidance_scale": 0.0},
         steps=2,
+    ),
+    "animatediff": Family(
+        _animatediff,
+        _text,
+        options={"num_frames": 3, "height": 32, "width": 32},
     ),
     "kolors": Family(
         lambda: diffusers.KolorsPipeline(
@@ -790,6 +811,18 @@ FAMILIES |= {
         options=_OBLONG,
         **_TRUE_CFG,
     ),
+    "flux-img2img": Family(
+        lambda: _flux(
+            diffusers.FluxImg2ImgPipeline,
+            embedded=False,
+            vae=_plain_autoencoder(shift_factor=0.0),
+        ),
+        lambda samples: _flux_text(samples) | _pictures(samples),
+        unpack=lambda pipe, latents: pipe._unpack_latents(latents, 24, 16, 2),
+        options={"height": 24, "width": 16, "strength": 0.7},
+        steps=4,
+        **_TRUE_CFG,
+    ),
     "flux-distilled": Family(
         _flux,
         _positive,
@@ -920,6 +953,25 @@ def _hunyuan_text(samples: Samples) -> dict[str, Tensor]:
     return _masked(samples) | _pooled(samples, WIDTH)
 
 
+def _mochi() -> Any:
+    """Its schedule runs backwards, and its network predicts x0 - eps."""
+    transformer = diffusers.MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=8,
+        in_channels=4,
+        text_embed_dim=WIDTH,
+        time_embed_dim=4,
+        max_sequence_length=TOKENS,
+    )
+    return diffusers.MochiPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        **_nothing("vae", *_TEXT_PARTS),
+    )
+
+
 def _cogvideox() -> Any:
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
@@ -981,6 +1033,11 @@ FAMILIES |= {
         calls="one",
         options=_CLIP | {"guidance_scale": 6.0},
         scale_name=None,
+    ),
+    "mochi": Family(
+        _mochi,
+        _masked,
+        options={"height": 64, "width": 64, "num_frames": 7},
     ),
     "cogvideox": Family(
         _cogvideox,

@@ -17,6 +17,7 @@ Rows = Tensor | list[Tensor]
 
 _SAMPLE = ("sample", "hidden_states", "x")
 _TIME = ("timestep", "t")
+_TEXT = "encoder_hidden_states"
 _SHARED = ("image_rotary_emb", "img_ids", "txt_ids")
 """Positions of tokens: of all rows, where they have no third dimension."""
 
@@ -85,21 +86,23 @@ class Arguments:
         """The arguments of some rows only."""
         return Arguments(self.rows_of(self.values, rows), self.positional)
 
-    def rows_of(self, value: Any, rows: Sequence[int]) -> Any:
+    def rows_of(self, value: Any, rows: Sequence[int], name: str = "") -> Any:
         """Some rows of a value, if it is a batch or holds batches."""
         count = len(self.sample)
         if isinstance(value, Tensor):
-            return _chosen(value, rows) if value.ndim and value.shape[0] == count else value
+            if not value.ndim or _shared(name, value):
+                return value
+            frames, rest = divmod(value.shape[0], count)
+            if name == _TEXT and frames > 1 and not rest:  # AnimateDiff repeats it for each frame
+                return value.unflatten(0, (count, frames))[list(rows)].flatten(0, 1)
+            return _chosen(value, rows) if value.shape[0] == count else value
         if isinstance(value, Mapping):
-            return {
-                key: item if _shared(key, item) else self.rows_of(item, rows)
-                for key, item in value.items()
-            }
+            return {key: self.rows_of(item, rows, key) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
             listed = isinstance(self.sample, list) and all(isinstance(i, Tensor) for i in value)
             if listed and len(value) == count:
                 return [value[i] for i in rows]
-            return type(value)(self.rows_of(item, rows) for item in value)
+            return type(value)(self.rows_of(item, rows, name) for item in value)
         return value
 
     def _find(self, names: tuple[str, ...], what: str) -> str:
@@ -152,9 +155,9 @@ def _batches(values: Mapping[str, Any]) -> dict[str, Rows]:
     return found
 
 
-def _shared(name: str, value: Any) -> bool:
+def _shared(name: str, value: Tensor) -> bool:
     """Whether an argument is the same for all rows, whatever its size."""
-    return name in _SHARED and getattr(value, "ndim", 2) < 3
+    return name in _SHARED and value.ndim < 3
 
 
 def _chosen(tensor: Tensor, rows: Sequence[int]) -> Tensor:
