@@ -10,8 +10,6 @@ the network and the scheduler among the running pipeline's components.
 
 from __future__ import annotations
 
-import sys
-import types
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
@@ -19,6 +17,7 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor
 
 from .engine import Attachment
+from .engine.frames import pipeline_of
 from .errors import GuidanceError
 from .guidance import Guidance
 from .registry import parse
@@ -99,13 +98,10 @@ class Guider(BaseGuidance):
 
 def _running_pipeline(guider: Guider) -> Any:
     """The Modular pipeline that is running with this guider."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        components = frame.f_locals.get("components")
-        if components is not None and getattr(components, "guider", None) is guider:
-            return components
-        frame = frame.f_back
-    raise GuidanceError(
-        "This guider is for Modular pipelines: pipe.update_components(guider=as_guider(...)). On "
-        "other pipelines, use guidance.attach(pipe)."
-    )
+    pipe = pipeline_of(guider)
+    if pipe is None:
+        raise GuidanceError(
+            "This guider is for Modular pipelines: pipe.update_components(guider=as_guider(...)). "
+            "On other pipelines, use guidance.attach(pipe)."
+        )
+    return pipe

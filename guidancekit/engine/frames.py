@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -17,16 +18,27 @@ def scope_of(pipe: Any) -> dict[str, Any] | None:
     Of a Modular pipeline: the state of the block that is running. Its guider asks for both
     branches, one after the other, unless it says otherwise.
     """
+    for scope in _calls():
+        if scope.get("self") is pipe:
+            return dict(scope)
+        if scope.get("components") is pipe and "block_state" in scope:
+            return _block(pipe, scope)
+    return None
+
+
+def pipeline_of(guider: Any) -> Any:
+    """The Modular pipeline that is running with this guider; None if there is none."""
+    running = (scope.get("components") for scope in _calls())
+    return next((pipe for pipe in running if getattr(pipe, "guider", None) is guider), None)
+
+
+def _calls() -> Iterator[dict[str, Any]]:
+    """The local variables of each ``__call__`` on the stack, innermost first."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
-            scope = frame.f_locals
-            if scope.get("self") is pipe:
-                return dict(scope)
-            if scope.get("components") is pipe and "block_state" in scope:
-                return _block(pipe, scope)
+            yield frame.f_locals
         frame = frame.f_back
-    return None
 
 
 def _block(pipe: Any, scope: dict[str, Any]) -> dict[str, Any]:
