@@ -37,7 +37,7 @@ from guidancekit.scoring import LatentScorer
 
 from .models import LATENT_CHANNELS, TEXT_WIDTH, Denoiser, unet
 from .recogniser import ABSENT, HEADS, targets
-from .train import BATCH, RUNS, Denoising, Noisy, train_denoiser
+from .train import RUNS, Denoising, Noisy, train_denoiser
 from .training import averaged_weights, fit, processes
 from .world import COLOURS, SHAPES, Scene, caption, sample_scene
 
@@ -69,13 +69,7 @@ def train_head(folder: Path, minutes: float, device: str) -> None:
         early = model(hidden[0].float(), batch.times, batch.latents.shape[-2:])
         return F.mse_loss(early.float(), batch.velocity)
 
-    def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
-        return {"velocity": error(model, data.draw(rng, BATCH // processes()))}
-
-    @torch.no_grad()
-    def check(model: nn.Module) -> dict[str, float]:
-        return {"fresh velocity": float(error(model, data.fresh()))}
-
+    loss, check = data.objective(error)
     path = folder / "head.pt"
     fit(head(), loss, path, minutes=minutes, rate=3e-3, decay=0.5, device=device, check=check)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,6 +209,20 @@ class Denoising:
         ids = self.tokens(self.fixed, np.random.default_rng(0))
         return self._noisy(self.fixed, times, noise.to(self.device), ids)
 
+    def objective(
+        self, error: Callable[[nn.Module, Noisy], Tensor]
+    ) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., dict[str, float]]]:
+        """What `fit` takes as loss and check: the error of the velocity, on new and kept scenes."""
+
+        def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
+            return {"velocity": error(model, self.draw(rng, BATCH // processes()))}
+
+        @torch.no_grad()
+        def check(model: nn.Module) -> dict[str, float]:
+            return {"fresh velocity": float(error(model, self.fresh()))}
+
+        return loss, check
+
     def choose(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Numbers of scenes to learn from."""
         return rng.integers(len(self.scenes) - CHECK_COUNT, size=count)
@@ -251,13 +266,7 @@ def train_denoiser(
         predicted = model(batch.latents, batch.times, batch.tokens)
         return F.mse_loss(predicted.float(), batch.velocity)
 
-    def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
-        return {"velocity": error(model, data.draw(rng, BATCH // processes()))}
-
-    @torch.no_grad()
-    def check(model: nn.Module) -> dict[str, float]:
-        return {"fresh velocity": float(error(model, data.fresh()))}
-
+    loss, check = data.objective(error)
     # Over this few positions, the backward pass of fused attention is the slower one by far.
     model.unet.set_attn_processor(AttnProcessor())
     model.text_encoder.set_attn_implementation("eager")
