@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -121,15 +121,7 @@ class Comparison:
                 for c, column in enumerate(self.columns)
             ],
             "pictures": [
-                {
-                    "row": row,
-                    "column": column,
-                    "evaluations": picture.evaluations,
-                    "seconds": round(picture.seconds, 3),
-                    "effective_scale": picture.effective_scale,
-                    "warnings": picture.warnings,
-                    "recipe": asdict(picture.recipe),
-                }
+                {"row": row, "column": column, **picture.to_dict()}
                 for (row, column), picture in self.pictures.items()
             ],
         }

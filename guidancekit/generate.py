@@ -6,13 +6,14 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
 from .composition import SideBySide, Sum
+from .engine import Watch
 from .errors import GuidanceError
 from .guidance import Guidance
 from .loading import first_line
@@ -36,6 +37,16 @@ class Picture:
     seconds: float
     effective_scale: list[float]
     warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the image, as JSON values."""
+        return {
+            "evaluations": self.evaluations,
+            "seconds": round(self.seconds, 3),
+            "effective_scale": self.effective_scale,
+            "warnings": self.warnings,
+            "recipe": asdict(self.recipe),
+        }
 
 
 def with_scale(
@@ -81,14 +92,15 @@ def follows_pipeline(value: Any) -> bool:
     return any(scale is None or follows_pipeline(scale) for scale in scales)
 
 
-def run(pipe: Any, recipe: Recipe) -> Picture:
+def run(pipe: Any, recipe: Recipe, watch: Watch | None = None) -> Picture:
     """Make the one picture of `recipe` with `pipe`, which `load_pipeline` has loaded for it.
 
     Every picture is a pipeline call of its own, from its own generator on the CPU: batch size and
-    neighbours never change a pixel. Raises `GuidanceError` for what the pipeline cannot do.
+    neighbours never change a pixel. `watch` as in `Guidance.attach`.
+    Raises `GuidanceError` for what the pipeline cannot do.
     """
     given = arguments(pipe, recipe)
-    with parse(recipe.guidance).attach(pipe) as guidance:
+    with parse(recipe.guidance).attach(pipe, watch) as guidance:
         started = time.perf_counter()
         with refusals(pipe):
             image = pipe(**given).images[0]
@@ -133,10 +145,10 @@ def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
 
 def _made(pipe: Any, recipe: Recipe, given: Mapping[str, Any], image: Image.Image) -> Recipe:
     """The recipe with what was left open when it was run."""
-    scale_name = _scale_name(pipe)
+    name = scale_name(pipe)
     return replace(
         recipe,
-        guidance_scale=given.get(scale_name, _accepted(pipe)[scale_name].default),
+        guidance_scale=given.get(name, _accepted(pipe)[name].default),
         size=image.size,
         device=pipe.device.type,
         versions=installed_versions(),
@@ -171,7 +183,7 @@ def arguments(pipe: Any, recipe: Recipe) -> dict[str, Any]:
     if recipe.negative:
         given["negative_prompt"] = recipe.negative
     if recipe.guidance_scale is not None:
-        given[_scale_name(pipe)] = recipe.guidance_scale
+        given[scale_name(pipe)] = recipe.guidance_scale
     if recipe.size is not None:
         given["width"], given["height"] = recipe.size
     _check_arguments(pipe, given)
@@ -183,7 +195,7 @@ def _check_arguments(pipe: Any, given: Mapping[str, Any]) -> None:
         raise GuidanceError(f"{type(pipe).__name__} does not take {', '.join(sorted(missing))}.")
 
 
-def _scale_name(pipe: Any) -> str:
+def scale_name(pipe: Any) -> str:
     """Models with a distilled guidance embedding keep `guidance_scale` for that."""
     accepted = _accepted(pipe)
     name = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"

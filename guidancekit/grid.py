@@ -33,55 +33,74 @@ def cell_size(size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
+class Layout:
+    """Where everything lies in a grid of `pictures[row][column]` with its labels, in pixels.
+
+    `corner` says what all pictures share. None leaves a cell empty. Pictures may differ in size:
+    each is fitted into the cell of the largest.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Sequence[Image.Image | None]],
+        rows: Sequence[Label],
+        columns: Sequence[Label],
+        corner: Label = Label(""),
+    ) -> None:
+        if len(pictures) != len(rows) or any(len(line) != len(columns) for line in pictures):
+            raise ValueError(
+                f"found {len(pictures)} rows of {sorted({len(line) for line in pictures})} "
+                f"pictures for {len(rows)} row labels and {len(columns)} column labels."
+            )
+        self.pictures = pictures
+        shown = [cell_size(image.size) for line in pictures for image in line if image is not None]
+        self.width = max((w for w, _ in shown), default=CELL_RANGE[0])
+        self.height = max((h for _, h in shown), default=CELL_RANGE[0])
+        self.heads = [_Text(label, self.width) for label in columns]
+        self.sides = [_Text(label, LABEL_WIDTH - PADDING) for label in rows]
+        self.corner = _Text(corner, LABEL_WIDTH - PADDING)
+        head_height = max(text.height for text in (*self.heads, self.corner)) + PADDING
+        left, top = MARGIN + LABEL_WIDTH, MARGIN + head_height
+        self.lefts = [left + c * (self.width + GAP) for c in range(len(columns))]
+        self.tops = [top]
+        for side in self.sides:
+            self.tops.append(self.tops[-1] + max(self.height, side.height) + GAP)
+        self.size = left + len(columns) * (self.width + GAP) - GAP + MARGIN, (
+            self.tops.pop() - GAP + MARGIN
+        )
+
+    def cell_at(self, x: float, y: float) -> tuple[int, int] | None:
+        """(row, column) of the cell at a point of the sheet; None between and beside cells."""
+        rows = [r for r, top in enumerate(self.tops) if top <= y < top + self.height]
+        columns = [c for c, left in enumerate(self.lefts) if left <= x < left + self.width]
+        return (rows[0], columns[0]) if rows and columns else None
+
+    def draw(self) -> Image.Image:
+        """The sheet."""
+        sheet = Image.new("RGB", self.size, PAPER)
+        draw = ImageDraw.Draw(sheet)
+        self.corner.draw(draw, MARGIN, MARGIN)
+        for head, x in zip(self.heads, self.lefts, strict=True):
+            head.draw(draw, x, MARGIN, bottom=self.tops[0] - PADDING)
+        for side, line, y in zip(self.sides, self.pictures, self.tops, strict=True):
+            side.draw(draw, MARGIN, y)
+            for image, x in zip(line, self.lefts, strict=True):
+                draw.rectangle((x - 1, y - 1, x + self.width, y + self.height), outline=RULE)
+                if image is not None:
+                    cell = _fit(image)
+                    dx, dy = (self.width - cell.width) // 2, (self.height - cell.height) // 2
+                    sheet.paste(cell, (x + dx, y + dy))
+        return sheet
+
+
 def draw_grid(
     pictures: Sequence[Sequence[Image.Image | None]],
     rows: Sequence[Label],
     columns: Sequence[Label],
     corner: Label = Label(""),
 ) -> Image.Image:
-    """One picture with all `pictures[row][column]`, labelled at the top and on the left.
-
-    `corner` says what all pictures share. None leaves a cell empty. Pictures may differ in size:
-    each is fitted into the cell of the largest.
-    """
-    if len(pictures) != len(rows) or any(len(line) != len(columns) for line in pictures):
-        raise ValueError(
-            f"found {len(pictures)} rows of {sorted({len(line) for line in pictures})} pictures "
-            f"for {len(rows)} row labels and {len(columns)} column labels."
-        )
-    shown = [cell_size(image.size) for line in pictures for image in line if image is not None]
-    width = max((w for w, _ in shown), default=CELL_RANGE[0])
-    height = max((h for _, h in shown), default=CELL_RANGE[0])
-    heads = [_Text(label, width) for label in columns]
-    sides = [_Text(label, LABEL_WIDTH - PADDING) for label in rows]
-    corner_text = _Text(corner, LABEL_WIDTH - PADDING)
-
-    head_height = max(text.height for text in (*heads, corner_text)) + PADDING
-    row_heights = [max(height, side.height) for side in sides]
-    left, top = MARGIN + LABEL_WIDTH, MARGIN + head_height
-    sheet = Image.new(
-        "RGB",
-        (
-            left + len(columns) * (width + GAP) - GAP + MARGIN,
-            top + sum(row_heights) + GAP * (len(rows) - 1) + MARGIN,
-        ),
-        PAPER,
-    )
-    draw = ImageDraw.Draw(sheet)
-    corner_text.draw(draw, MARGIN, MARGIN)
-    for c, head in enumerate(heads):
-        head.draw(draw, left + c * (width + GAP), MARGIN, bottom=top - PADDING)
-    y = top
-    for side, line, row_height in zip(sides, pictures, row_heights, strict=True):
-        side.draw(draw, MARGIN, y)
-        for c, image in enumerate(line):
-            x = left + c * (width + GAP)
-            draw.rectangle((x - 1, y - 1, x + width, y + height), outline=RULE)
-            if image is not None:
-                cell = _fit(image)
-                sheet.paste(cell, (x + (width - cell.width) // 2, y + (height - cell.height) // 2))
-        y += row_height + GAP
-    return sheet
+    """One picture with all `pictures[row][column]`, labelled at the top and on the left."""
+    return Layout(pictures, rows, columns, corner).draw()
 
 
 class _Text:

@@ -21,7 +21,7 @@ from .step import BOTH, COND, Branch, Moment, Prediction, Step
 from .tensors import TINY, dot
 
 if TYPE_CHECKING:
-    from .engine import Attachment, Report
+    from .engine import Attachment, Report, Watch
 
 _LIVE = ("_attachment", "_report", "_loaded")  # what copies of a guidance do not carry
 
@@ -119,17 +119,19 @@ class Guidance(PipelineCallback):
 
     # --- what a user calls ----------------------------------------------------------------------
 
-    def attach(self, pipe: Any) -> Guidance:
+    def attach(self, pipe: Any, watch: Watch | None = None) -> Guidance:
         """Install this guidance on a Diffusers pipeline, and return it.
 
         It acts in every call of `pipe` until it comes off: at the end of a ``with`` block, on
         `detach`, when another guidance is attached to the same pipeline, or when the object dies
-        (the pipeline holds it weakly). Raises `GuidanceError` for an object it cannot work on.
+        (the pipeline holds it weakly). ``watch(step, guided)`` is called after every evaluation of
+        the guidance, with the `Step` and the guided `Prediction`, to look on; what it raises ends
+        the run. Raises `GuidanceError` for an object it cannot work on.
         """
         from .engine import Attachment
 
         self.detach()
-        self._attachment: Attachment | None = Attachment(self, pipe)
+        self._attachment: Attachment | None = Attachment(self, pipe, watch=watch)
         return self
 
     def detach(self) -> None:

@@ -84,6 +84,11 @@ def parse(text: str, family: str | None = None) -> Guidance:
     return value
 
 
+def quoted(text: str) -> list[str]:
+    """The strings in the text of a guidance, such as the names of files."""
+    return [part[1:-1] for part in _STRING.split(text)[1::2]]
+
+
 def _scheduled(value: Any) -> Any:
     """CFG under a schedule, where a schedule stands alone."""
     cfg: Any = methods()["cfg"]

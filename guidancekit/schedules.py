@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from .errors import GuidanceError
@@ -35,6 +35,15 @@ class Schedule:
 
     def __call__(self, moment: Moment) -> float:
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """The shortest call that makes this schedule."""
+        given = [
+            f"{each.name}={value!r}"
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def to_config(self) -> dict[str, Any]:
         """Plain values that `from_config` rebuilds the schedule from."""
@@ -80,7 +89,7 @@ def from_config(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Constant(Schedule):
     """The same scale at every step: plain classifier-free guidance, arXiv:2207.12598."""
 
@@ -93,7 +102,7 @@ class Constant(Schedule):
         return scale_at(self.scale, moment)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Interval(Schedule):
     """Guidance in a limited interval of noise levels, arXiv:2404.07724 Eq. 6; 1 outside.
 
@@ -131,7 +140,7 @@ class Interval(Schedule):
         return scale_at(self.scale, moment) if inside else 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Ramp(Schedule):
     """A ramp over progress p, of mean 1, applied to the excess w - 1 (or to w itself).
 
@@ -156,7 +165,7 @@ class _Ramp(Schedule):
         return base + (ramp if self.floor is None else max(self.floor, ramp))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Linear(_Ramp):
     """Linear ramp, arXiv:2404.13040: w = 1 + (scale - 1) 2p; with `floor`, clamp-linear.
 
@@ -171,7 +180,7 @@ class Linear(_Ramp):
         return 2 * p
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cosine(_Ramp):
     """Cosine ramp, arXiv:2404.13040: w = 1 + (scale - 1)(1 - cos pi p); `floor`: clamp-cosine.
 
@@ -185,7 +194,7 @@ class Cosine(_Ramp):
         return 1 - math.cos(math.pi * p)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Triangle(_Ramp):
     """Up to the middle of the run and down again (Lambda; `decreasing`: V), arXiv:2404.13040.
 
@@ -199,7 +208,7 @@ class Triangle(_Ramp):
         return 2 * (1 - abs(1 - 2 * p))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PowerCosine(Schedule):
     """MDT's power-cosine: w = 1 + (scale - 1)(1 - cos(pi p^power)) / 2, from sail-sg/MDT.
 
@@ -218,7 +227,7 @@ class PowerCosine(Schedule):
         return 1 + (w - 1) * (1 - math.cos(math.pi * moment.progress**self.power)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BetaCurve(Schedule):
     """The time curve of beta-CFG, arXiv:2502.10574: the Beta(a, b) density over progress.
 
@@ -241,7 +250,7 @@ class BetaCurve(Schedule):
         return w * density if self.base == "uncond" else 1 + (w - 1) * density
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerStep(Schedule):
     """One scale per solver step, as many as the run has steps."""
 

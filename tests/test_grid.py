@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
-from guidancekit.grid import CELL_RANGE, PAPER, Label, _width, cell_size, draw_grid, wrap
+from guidancekit.grid import CELL_RANGE, PAPER, Label, Layout, _width, cell_size, draw_grid, wrap
 
 COLOURS = ["red", "lime", "blue", "cyan", "magenta", "yellow"]
 
@@ -106,3 +106,19 @@ def test_wrapped_lines_fit_and_lose_nothing(text, size, width):
     lines = wrap(text, size, width)
     assert "".join("".join(line.split()) for line in lines) == "".join(text.split())
     assert all(_width(line, size) <= width or len(line) == 1 for line in lines)
+
+
+def test_cells_are_found_where_they_are_drawn():
+    marks = [[Image.new("RGB", (64, 48), (40 * r, 60 * c, 9)) for c in range(3)] for r in range(2)]
+    rows = [Label("one"), Label("two " * 60)]  # the second label is higher than its cells
+    layout = Layout(marks, rows, [Label("a"), Label("b"), Label("c")])
+    sheet = layout.draw()
+    seen = set()
+    for x in range(0, sheet.width, 3):
+        for y in range(0, sheet.height, 3):
+            found = layout.cell_at(x, y)
+            if found is not None:
+                assert sheet.getpixel((x, y)) == (40 * found[0], 60 * found[1], 9)
+                seen.add(found)
+    assert len(seen) == 6
+    assert layout.cell_at(0, 0) is None

@@ -10,5 +10,6 @@ lies in it; `report.py` counts.
 
 from .attachment import Attachment
 from .report import Report
+from .run import Watch
 
-__all__ = ["Attachment", "Report"]
+__all__ = ["Attachment", "Report", "Watch"]

@@ -20,7 +20,7 @@ from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.hooks import HookRegistry, ModelHook
 
 from .frames import scope_of
-from .run import Run, denoisers, networks
+from .run import Run, Watch, denoisers, networks
 
 if TYPE_CHECKING:
     from ..guidance import Guidance
@@ -32,10 +32,13 @@ class Attachment:
     """One guidance on one pipeline. It holds the guidance weakly and comes off when that dies.
 
     With `once` it serves the run that is under way, and comes off after its last step.
+    `watch` is shown every guided prediction.
     """
 
-    def __init__(self, guidance: Guidance, pipe: Any, once: bool = False) -> None:
-        self.pipe, self.once = pipe, once
+    def __init__(
+        self, guidance: Guidance, pipe: Any, once: bool = False, watch: Watch | None = None
+    ) -> None:
+        self.pipe, self.once, self.watch = pipe, once, watch
         self.denoisers = denoisers(pipe)
         self.scheduler: Any = None
         self.installed = True
@@ -150,7 +153,7 @@ class Attachment:
             return
         if any(network._compiled_call_impl is not None for network in self.denoisers):
             _hide_from_compiler()
-        self.run = Run(guidance, self.pipe)
+        self.run = Run(guidance, self.pipe, self.watch)
         self.used = True
 
     def denoise(

@@ -91,15 +91,22 @@ def decode(pipe: Any, x0: Tensor) -> Tensor:
         else:  # made for video (Qwen-Image)
             images = vae.decode(latents.unsqueeze(2), return_dict=False)[0][:, :, 0]
     finally:
-        vae.to(dtype)
+        if overflows:
+            vae.to(dtype)
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+Watch = Callable[[Step, Prediction], None]
+"""Is shown every evaluation of a guidance, with its guided prediction; what it raises ends the run.
+"""
 
 
 class Run:
     """One call of the pipeline: the state, the position and the report."""
 
-    def __init__(self, guidance: Guidance, pipe: Any) -> None:
+    def __init__(self, guidance: Guidance, pipe: Any, watch: Watch | None = None) -> None:
         self._guidance = weakref.ref(guidance)
+        self.watch = watch
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.state = SimpleNamespace()
         self.moments: list[Moment] = []
@@ -181,6 +188,8 @@ class Run:
             record = self.report.steps[-1]
             record.active = acts
             record.scale = guidance.effective_scale(step, guided, state)
+        if self.watch is not None:
+            self.watch(step, guided)
         out = guided.out
         rescale = _guidance_rescale(self.pipe, scope_of(self.pipe))
         if len(self.passes.branches) > 1 and step.evaluated and rescale:

@@ -1,0 +1,59 @@
+"""What a guidance does to the prediction over a run, for plots and explanations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .step import Prediction, Step
+from .tensors import TINY, dot, norm
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """One solver step; means over the batch. NaN where the step did not use both branches.
+
+    `difference` is the root mean square of cond - uncond in x0 space; `scale` how far along that
+    the guided prediction lies (exactly w for CFG); `cosine` how straight along: 1 for CFG, less for
+    a rule that leaves the direction.
+    """
+
+    index: int
+    noise: float
+    """sigma / alpha at the start of the step."""
+    scale: float
+    difference: float
+    cosine: float
+
+
+class Trace:
+    """Watches a run: ``with APG(12).attach(pipe, watch=trace): ...``, then read `points`."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, float, Tensor]] = []
+
+    def __call__(self, step: Step, guided: Prediction) -> None:
+        """Note a step; figures stay on the device, so that watching does not slow the run down."""
+        if step.stage != 0:
+            return
+        noise = step.nsr if step.grid else float("nan")
+        figures = torch.full((3,), float("nan"), device=guided.out.device)
+        if {"cond", "uncond"} <= step.evaluated.keys():
+            difference = step.cond.x0 - step.uncond.x0
+            update = guided.x0 - step.uncond.x0
+            along, length = dot(update, difference), norm(difference).clamp_min(TINY)
+            figures = torch.stack(
+                [
+                    (along / length.square()).mean(),
+                    difference.square().mean().sqrt(),
+                    (along / (length * norm(update).clamp_min(TINY))).mean(),
+                ]
+            )
+        self._steps.append((step.index, noise, figures))
+
+    @property
+    def points(self) -> list[TracePoint]:
+        """The steps so far."""
+        return [TracePoint(i, noise, *figures.tolist()) for i, noise, figures in self._steps]
