@@ -234,23 +234,22 @@ def test_method_names_inside_of_texts_stay(text):
 # --- the companions are what they say -------------------------------------------------------------
 
 
-def velocity_errors(predict, world):
-    """Mean squared error of a prediction of the velocity, and of predicting zero."""
+def noise_errors(predict, world):
+    """Mean squared error of a prediction of the noise, and of predicting zero."""
     latents, _, text = world
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     times = torch.linspace(20, 980, len(latents)).long()
     signal = scheduler().alphas_cumprod[times].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * latents
     with torch.no_grad():
         found = predict(noisy, times, text)
-    return float((found - velocity).square().mean()), float(velocity.square().mean())
+    return float((found - noise).square().mean()), float(noise.square().mean())
 
 
 def test_the_weak_network_is_weaker_and_better_than_nothing(scenes, world):
     weak = load_denoiser("scenes:weak", torch.float32)
-    main_error, nothing = velocity_errors(lambda *args: scenes.unet(*args).sample, world)
-    weak_error, _ = velocity_errors(lambda *args: weak(*args).sample, world)
+    main_error, nothing = noise_errors(lambda *args: scenes.unet(*args).sample, world)
+    weak_error, _ = noise_errors(lambda *args: weak(*args).sample, world)
     assert main_error < weak_error < nothing
     parameters = [sum(p.numel() for p in net.parameters()) for net in (weak, scenes.unet)]
     assert parameters[0] < parameters[1] / 3
@@ -264,8 +263,8 @@ def test_the_head_is_weaker_and_better_than_nothing(scenes, world):
             scenes.unet(noisy, times, text)
         return head(hidden[0], times, noisy.shape[-2:])
 
-    main_error, nothing = velocity_errors(lambda *args: scenes.unet(*args).sample, world)
-    head_error, _ = velocity_errors(early, world)
+    main_error, nothing = noise_errors(lambda *args: scenes.unet(*args).sample, world)
+    head_error, _ = noise_errors(early, world)
     assert main_error < head_error < nothing
 
 
@@ -465,7 +464,6 @@ def pool(scenes, tmp_path_factory):
 def test_every_companion_is_trained_resumed_and_exported(pool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(samples.scenes.train, "CHECK_COUNT", 8)
     monkeypatch.setattr(samples.scenes.train, "BATCH", 4)
-    monkeypatch.setattr(training, "BATCH", 4)
     monkeypatch.setattr(training, "TABLES", (4, 6))
     monkeypatch.setattr(training, "PROMPTS", 2)
     monkeypatch.setattr(training, "STEPS", 4)

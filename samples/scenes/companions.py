@@ -58,7 +58,7 @@ def train_weak(folder: Path, minutes: float, device: str, compiled: bool) -> Non
 
 
 def train_head(folder: Path, minutes: float, device: str) -> None:
-    """The velocity, read from an early block of the frozen model."""
+    """The noise, read from an early block of the frozen model."""
     pipe = embedded(device)
     data = Denoising(folder, device, pipe.tokenizer)
 
@@ -67,7 +67,7 @@ def train_head(folder: Path, minutes: float, device: str) -> None:
             text = pipe.text_encoder(batch.tokens).last_hidden_state
             pipe.unet(batch.latents, batch.times, text)
         early = model(hidden[0].float(), batch.times, batch.latents.shape[-2:])
-        return F.mse_loss(early.float(), batch.velocity)
+        return F.mse_loss(early.float(), batch.noise)
 
     loss, check = data.objective(error)
     path = folder / "head.pt"

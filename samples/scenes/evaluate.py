@@ -1,6 +1,7 @@
 """Measures the figures of the model card.
 
-Run it as ``python -m samples.scenes.evaluate --json figures.json``.
+Run it as ``python -m samples.scenes.evaluate --json figures.json``; `--model` takes the name of an
+embedded model or the folder of another pipeline for scenes.
 
 Held-out captions of one and of two objects, plain classifier-free guidance at several scales,
 scored by the recogniser; and the autoencoder's PSNR on fresh scenes.
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
+
+from guidancekit.loading import load_pipeline
+from guidancekit.recipe import Recipe
 
 from .data import render_pool
-from .export import PIPELINE
 from .recogniser import Recogniser, load
 from .train import psnr, to_tensor
 from .world import caption, parse, sample_scene
@@ -39,7 +42,7 @@ def held_out_captions(count: int, things: int, seed: int = SEED) -> list[str]:
 
 
 def generate(
-    pipe: StableDiffusionPipeline, captions: Sequence[str], scale: float, steps: int, batch: int
+    pipe: DiffusionPipeline, captions: Sequence[str], scale: float, steps: int, batch: int
 ) -> np.ndarray:
     """One picture per caption, floats in [0, 1] of shape (n, 64, 64, 3)."""
     generator = torch.Generator().manual_seed(SEED)
@@ -66,7 +69,7 @@ def accuracy(
 
 
 @torch.no_grad()
-def autoencoder_psnr(pipe: StableDiffusionPipeline, count: int = 1000) -> float:
+def autoencoder_psnr(pipe: DiffusionPipeline, count: int = 1000) -> float:
     """Mean PSNR in dB over fresh scenes."""
     pictures = to_tensor(render_pool(count, SEED)[1])
     decoded = [pipe.vae.decode(pipe.vae.encode(x).latents).sample for x in pictures.split(250)]
@@ -75,7 +78,7 @@ def autoencoder_psnr(pipe: StableDiffusionPipeline, count: int = 1000) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", type=Path, default=PIPELINE)
+    parser.add_argument("--model", default="scenes-unet", help="its name or folder")
     parser.add_argument("--count", type=int, default=512, help="captions of each kind")
     parser.add_argument("--scales", type=float, nargs="+", default=[2, 3, 4, 5, 6])
     parser.add_argument("--steps", type=int, default=30)
@@ -84,10 +87,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
 
-    pipe = StableDiffusionPipeline.from_pretrained(args.pipeline)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(Recipe(prompt="-", model=args.model), "cpu")
     recogniser = load()
-    figures: dict = {"autoencoder psnr": autoencoder_psnr(pipe)}
+    figures: dict = {"model": args.model, "autoencoder psnr": autoencoder_psnr(pipe)}
     print(f"autoencoder PSNR on fresh scenes: {figures['autoencoder psnr']:.2f} dB", flush=True)
     figures |= {"count": args.count, "steps": args.steps, "captions": {}}
     pipe.to(args.device)
