@@ -1,24 +1,28 @@
-"""The command line: `guidancekit generate | compare | fit | doctor | methods`."""
+"""The command line: `guidancekit generate | compare | fit | doctor | app | methods`."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import io
 import json
 import re
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import bundled
 from .errors import GuidanceError
 from .files import check_writable, free_path, written_whole
 from .recipe import DTYPES, Recipe, installed_versions, read_recipe, save_picture
+
+if TYPE_CHECKING:
+    from .series import Job, Process
 
 DEFAULT_MODEL = "scenes-unet"
 DEFAULT_METHODS = "cfg,apg,cfg++,fdg,interval"
@@ -49,35 +53,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Make pictures, each with its recipe inside."""
+    """Make pictures, each with its recipe inside; those of a --prompts-file are a series."""
     out = Path(options.out)
     check_writable(out)
-    recipes = _recipes(options)
+    in_series = options.prompts_file is not None
+    prompts = _prompts(options) if in_series else options.prompts
 
-    from .generate import run
-    from .loading import load_pipeline
+    from .series import slug, this_process
 
-    _quiet_libraries()
-    pipe = load_pipeline(recipes[0], options.device)
-    _warn_unknown_words(pipe, [recipe.prompt for recipe in recipes])
-    with _progress(len(recipes), pipe) as advance:
-        for recipe in recipes:
-            picture = run(pipe, recipe)
-            path = free_path(out / f"{_slug(recipe)}.png")
-            save_picture(picture.image, picture.recipe, path)
-            advance(str(path))
+    process = this_process(options.device)
+    if process.count > 1 and not in_series:
+        raise GuidanceError(f"{process.count} processes share a --prompts-file only: give one.")
+    # The first process speaks for all, except of what stops another one.
+    with redirect_stderr(io.StringIO()) if process.index else nullcontext():
+        recipes = _recipes(options, prompts, process.device)
+        if in_series:
+            jobs = _missing(out, recipes, options.count, process)
+        else:
+            jobs = [(out / f"{slug(recipe)}.png", recipe) for recipe in recipes]
+        if not jobs:
+            return 0
+
+        from .generate import run
+        from .loading import load_pipeline
+
+        _quiet_libraries()
+        pipe = load_pipeline(recipes[0], process.device)
+        _warn_unknown_words(pipe, [recipe.prompt for recipe in recipes])
+        with _progress(len(jobs), pipe) as advance:
+            for path, recipe in jobs:
+                picture = run(pipe, recipe)
+                path = path if in_series else free_path(path)
+                save_picture(picture.image, picture.recipe, path)
+                advance(str(path))
     return 0
 
 
-def _recipes(options: argparse.Namespace) -> list[Recipe]:
+def _missing(out: Path, recipes: Sequence[Recipe], count: int, process: Process) -> list[Job]:
+    """What is left for `process` to do in a series that has `count` pictures of each prompt."""
+    from .series import file_name, unfinished
+
+    jobs = [(out / file_name(1 + k // count, recipe), recipe) for k, recipe in enumerate(recipes)]
+    share = process.share(jobs)
+    missing = unfinished(share)
+    if len(missing) < len(share):
+        whose = f"process {process.index + 1} of {process.count}: " if process.count > 1 else ""
+        _note(f"{whose}{len(share) - len(missing)} of {len(share)} pictures are there already.")
+    return missing
+
+
+def _recipes(options: argparse.Namespace, prompts: Sequence[str], device: str) -> list[Recipe]:
     """The recipes that the options of `generate` ask for; picture k of -n uses seed + k."""
     from .generate import with_scale
-    from .loading import check_scheduler, choose_device, choose_dtype, default_scale
+    from .loading import check_scheduler, choose_dtype, default_scale
     from .registry import parse
 
     if options.count < 1:
         raise GuidanceError(f"-n: found {options.count}, expected at least 1.")
-    device = choose_device(options.device)
     method = options.method
     if options.source is not None:
         if (options.set or options.preset) and method is None:
@@ -86,12 +118,12 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
         _warn_versions(base, device)
         parse(base.guidance)  # raises before the model is loaded
     else:
-        if not options.prompts:
+        if not prompts:
             raise GuidanceError("there is no prompt: give one, or --from a picture made before.")
         model = options.model or DEFAULT_MODEL
         dtype = choose_dtype(model, device)
         scale = default_scale(model)
-        base = Recipe(prompt=options.prompts[0], model=model, dtype=dtype, guidance_scale=scale)
+        base = Recipe(prompt=prompts[0], model=model, dtype=dtype, guidance_scale=scale)
         method = method or "cfg"
     if options.model not in (None, base.model):
         base = replace(base, size=None)  # another model has a size of its own
@@ -112,7 +144,7 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
         )
     return [
         replace(base, prompt=prompt, seed=base.seed + k)
-        for prompt in options.prompts or [base.prompt]
+        for prompt in prompts or [base.prompt]
         for k in range(options.count)
     ]
 
@@ -149,13 +181,6 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-def _slug(recipe: Recipe) -> str:
-    """A file name that says what is in it: the prompt, the method, the seed."""
-    words = re.sub(r"[^a-z0-9]+", "-", recipe.prompt.lower()).strip("-")[:48].rstrip("-")
-    method = re.sub(r"[^a-z0-9]+", "-", recipe.guidance.partition("(")[0].lower()).strip("-")
-    return f"{words or 'picture'}-{method}-seed{recipe.seed}"
 
 
 # --- compare ------------------------------------------------------------------------------------
@@ -352,9 +377,16 @@ def _out_file(text: str, suffix: str) -> Path:
 
 def show_methods(options: argparse.Namespace) -> int:
     """List the methods and schedules, or explain one."""
-    from .describe import describe, overview
+    if options.markdown and options.name is not None:
+        raise GuidanceError(f"--markdown is the table of all methods: leave out {options.name!r}.")
+    if options.name is None and not options.markdown:
+        from .listing import overview
 
-    print(overview() if options.name is None else describe(options.name))
+        print(overview())
+    else:
+        from .describe import describe, markdown
+
+        print(markdown() if options.markdown else describe(options.name))
     return 0
 
 
@@ -376,6 +408,19 @@ def show_diagnosis(options: argparse.Namespace) -> int:
     found = diagnose(pipe, bundled.family(options.model))
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
     return 1 if found.problem else 0
+
+
+# --- app ----------------------------------------------------------------------------------------
+
+
+def start_app(options: argparse.Namespace) -> int:
+    """Serve the app until Ctrl-C."""
+    from .app import launch
+
+    _quiet_libraries()
+    _note(f"loading {options.model} ...")
+    launch(options.model, device=options.device, share=options.share, port=options.port)
+    return 0
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -409,9 +454,18 @@ def make_parser() -> argparse.ArgumentParser:
         guidancekit generate --from guidancekit-out/a-blue-star-apg-seed0.png
         guidancekit generate "a cat" --model stabilityai/stable-diffusion-xl-base-1.0 \\
             --method apg --preset sdxl
+        guidancekit generate --prompts-file prompts.txt -n 4 --out series
+        accelerate launch --multi_gpu --num_processes 8 --module guidancekit generate \\
+            --prompts-file prompts.txt -n 4 --out series
         """,
     )
     make.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw")
+    make.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="more prompts, one per line: a series, whose files are named by number and recipe. "
+        "Given again, the command makes what is missing; processes of a launcher share the series",
+    )
     make.add_argument(
         "--method", metavar="NAME", help="strategy or schedule, or a sum: 'cfg(5) + apg' [cfg]"
     )
@@ -505,6 +559,23 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.add_argument("--device", metavar="NAME", help="cuda, mps or cpu [the best there is]")
 
+    app = _command(
+        commands,
+        "app",
+        start_app,
+        "compare methods in the browser, on this machine only",
+        """\
+        guidancekit app
+        guidancekit app --model stabilityai/stable-diffusion-xl-base-1.0 --port 7861
+        """,
+    )
+    app.add_argument("--model", default=DEFAULT_MODEL, metavar="ID_OR_FOLDER", help=_MODEL_HELP)
+    app.add_argument("--port", type=int, metavar="N", help="[the first free one from 7860]")
+    app.add_argument(
+        "--share", action="store_true", help="also serve it to others, under a public address"
+    )
+    app.add_argument("--device", metavar="NAME", help="cuda, mps or cpu [the best there is]")
+
     listing = _command(
         commands,
         "methods",
@@ -516,6 +587,9 @@ def make_parser() -> argparse.ArgumentParser:
         """,
     )
     listing.add_argument("name", nargs="?", metavar="NAME", help="a strategy or a schedule")
+    listing.add_argument(
+        "--markdown", action="store_true", help="papers, costs and tests of all, as a table"
+    )
     return parser
 
 
@@ -672,6 +746,7 @@ def _progress(total: int, pipe: Any = None, unit: str = "picture") -> Iterator[C
             bar.update()
             if line is not None:
                 tqdm.write(line)
+                sys.stdout.flush()  # whole lines, also where several processes write
 
         yield advance
 
