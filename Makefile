@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compatibility test-lowest clean
+.PHONY: help demo app test test-browser lint format compatibility methods test-lowest clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -26,6 +26,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/.installed-browser: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,browser]'
+	@command -v chromium chromium-browser google-chrome > /dev/null || { \
+		echo "installing Debian's chromium ..."; \
+		SUDO=$$(command -v sudo || true); \
+		$$SUDO apt-get update -qq && $$SUDO apt-get install -qq --no-install-recommends chromium > /dev/null; }
+	@touch $@
+
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	@echo "installing the oldest versions into $(LOWEST), once ..."
 	$(PYTHON) -m venv $(LOWEST)
@@ -40,11 +48,17 @@ demo: $(VENV)/.installed ## draw the comparison grid: four prompts under five me
 		"a green heart left of a purple ring" \
 		--methods cfg,apg,cfg++,fdg,interval --seeds 0 --out $(OUT)/demo.png
 
+app: $(VENV)/.installed ## compare methods in the browser
+	$(BIN)/guidancekit app
+
 test: $(VENV)/.installed-dev ## ruff, mypy and pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-browser: $(VENV)/.installed-browser ## the app in a real browser; installs one where there is none
+	$(BIN)/pytest tests/browser
 
 lint: $(VENV)/.installed-dev ## ruff and mypy only
 	$(BIN)/ruff check .
@@ -57,6 +71,9 @@ format: $(VENV)/.installed-dev ## rewrite the code in ruff's format
 
 compatibility: $(VENV)/.installed-dev ## write the README's tables of what works with what
 	$(BIN)/python -m tests.compatibility --write README.md
+
+methods: $(VENV)/.installed-dev ## write the README's table of methods
+	$(BIN)/python -m tests.compatibility --methods --write README.md
 
 test-lowest: $(LOWEST)/.installed ## pytest with the oldest versions that pyproject.toml allows
 	$(LOWEST)/bin/pytest

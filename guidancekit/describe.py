@@ -1,30 +1,21 @@
-"""What there is, in words: the list of methods, and each with its parameters and presets."""
+"""Each method in words: what it does and costs, its parameters, its presets."""
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
+from collections.abc import Sized
 from typing import Any
 
+from .composition import SideBySide, Sum
+from .guidance import Guidance
+from .listing import paragraphs, summary
 from .parameters import Parameter, parameters
 from .registry import create, methods, schedules
 
 WIDTH = 92  # characters
 KINDS = {"scale": "number or schedule", "floats": "numbers"}
-
-
-def overview() -> str:
-    """One line per strategy and schedule: name, class, paper, summary."""
-    lines = []
-    groups: dict[str, dict[str, Any]] = {"strategies": methods(), "schedules": schedules()}
-    for heading, group in groups.items():
-        rows = [(n, cls.__name__, cls.paper, _summary(cls)) for n, cls in group.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        widths[-1] = 0  # nothing stands to the right of the summaries
-        lines.append(f"{heading}:")
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)) for row in rows]
-        lines.append("")
-    return "\n".join([*lines, "guidancekit methods NAME shows parameters, presets and cost."])
 
 
 def describe(name: str) -> str:
@@ -47,17 +38,73 @@ def describe(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def paragraphs(cls: Any) -> list[str]:
-    """The paragraphs of a docstring, each in one line; the first is the summary."""
-    text = textwrap.dedent("    " + (cls.__doc__ or "").strip())
-    return [" ".join(part.split()) for part in text.split("\n\n")]
+def markdown() -> str:
+    """The table of all strategies in GitHub's Markdown: `guidancekit methods --markdown`."""
+    heads = (
+        "name",
+        "class",
+        "paper",
+        "what it does",
+        "network evaluations per step",
+        "tested against",
+    )
+    lines = [heads, ("---",) * len(heads)]
+    for name, cls in methods().items():
+        number = cls.paper.removeprefix("arXiv:")
+        costs = re.sub(r" network evaluations?( per step)?", "", cost(cls), count=1)
+        texts = (summary(cls), costs, oracle(cls))
+        cells = [re.sub(r"([|*<])", r"\\\1", text).rstrip(".") for text in texts]
+        paper = f"[{number}](https://arxiv.org/abs/{number})"
+        lines.append((f"`{name}`", f"`{cls.__name__}`", paper, *cells))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _summary(cls: Any) -> str:
-    """The first paragraph without the paper at its end, which has a column of its own."""
-    paper = rf",( after| from)? {re.escape(cls.paper)}( (Eq|Alg|Sec|Fig)[^:;]*)?\.?$"
-    text = paragraphs(cls)[0]
-    return re.sub(paper, ".", text) if cls.paper else text
+def cost(cls: Any) -> str:
+    """What a docstring says after "Cost:": the network evaluations of a step, and when fewer."""
+    return _said(cls, "Cost")
+
+
+def oracle(cls: Any) -> str:
+    """What a docstring says after "Oracle:": the independent reference of the tests, or none."""
+    return _said(cls, "Oracle")
+
+
+def evaluations(guidance: Guidance, steps: int = 1) -> int:
+    """The network evaluations that a sample takes in each step at most, to estimate a run's time.
+
+    As documented: the number, with parameters in backticks, that the sentence on cost begins with.
+    It is fewer where the scale is 1 and outside of windows, and in a sum, whose terms are taken to
+    share nothing but the conditional prediction. What is evaluated once per run is spread over its
+    `steps`. A solver with two stages takes twice as many.
+    """
+    if isinstance(guidance, Sum):
+        return 1 + sum(evaluations(term, steps) - 1 for term in guidance.terms)
+    if isinstance(guidance, SideBySide):
+        return max(evaluations(term, steps) for term in guidance.terms)
+    sentence = cost(type(guidance)) or "2 network evaluations"  # CFG's
+    beginning = sentence.partition(" network evaluation")[0]
+    further = "further" in beginning  # than the conditional one
+    once = re.search(r", and ([^;]*) once", sentence)
+    per_run = _count(once[1], guidance) if once else 0
+    return _count(beginning, guidance) + further + math.ceil(per_run / steps)
+
+
+def _count(text: str, guidance: Guidance) -> int:
+    """The value of "2 + 3 `parameter`"; a parameter that is a list counts its entries."""
+    total = 0
+    for term in text.split(" + "):
+        names, number = re.findall(r"`(\w+)`", term), re.search(r"\d+", term)
+        value = int(number[0]) if number else int(bool(names))
+        for parameter in (getattr(guidance, name) for name in names):
+            value *= len(parameter) if isinstance(parameter, Sized) else int(parameter)
+        total += value
+    return total
+
+
+def _said(cls: Any, subject: str) -> str:
+    """What the last paragraph says on a subject; "" where it says nothing."""
+    found = re.search(rf"\b{subject}: (.*?)(?: Oracle: |$)", paragraphs(cls)[-1])
+    return found[1] if found else ""
 
 
 def _parameter(parameter: Parameter) -> str:

@@ -3,7 +3,8 @@
     python -m tests.compatibility --write README.md
 
 runs the tests that call `record`, and writes their tables between `<!-- compatibility -->` and
-`<!-- /compatibility -->`. Nothing is written if a test fails.
+`<!-- /compatibility -->`. Nothing is written if a test fails. With `--methods` it is the table of
+methods instead, between `<!-- methods -->` and `<!-- /methods -->`, and no test is run.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from guidancekit import describe
+
 VARIABLE = "GUIDANCEKIT_COMPATIBILITY"  # the file that a test run records to; unset: none
 YES, REFUSED = "yes", "–"
-OPENING, CLOSING = "<!-- compatibility -->", "<!-- /compatibility -->"
 
 Table = dict[str, dict[str, list[str]]]
 """The outcomes of each row in each column."""
@@ -84,30 +86,38 @@ def section(found: dict[str, Table]) -> str:
     return "\n\n".join((*(markdown(name, table) for name, table in found.items()), legend))
 
 
-def insert(text: str, content: str) -> str:
-    """`text` with `content` between its markers."""
-    before, start, rest = text.partition(OPENING)
-    _, end, after = rest.partition(CLOSING)
+def insert(text: str, content: str, place: str = "compatibility") -> str:
+    """`text` with `content` between the markers of a place."""
+    opening, closing = f"<!-- {place} -->", f"<!-- /{place} -->"
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not (start and end):
-        raise SystemExit(f"there is no place for the tables: add {OPENING} and {CLOSING}")
-    return f"{before}{OPENING}\n{content}\n{CLOSING}{after}"
+        raise SystemExit(f"there is no place for the tables: add {opening} and {closing}")
+    return f"{before}{opening}\n{content}\n{closing}{after}"
+
+
+def recorded(records: Path | None) -> str:
+    """The tables of a file of records; None: of a test run, now."""
+    with tempfile.TemporaryDirectory() as folder:
+        if records is None:
+            records = Path(folder, "records.jsonl")
+            run_tests(records)
+        return section(tables(records.read_text(encoding="utf-8").splitlines()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the tables of what works with what.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="default: print the tables")
     parser.add_argument("--records", type=Path, help="use these records and run no tests")
+    parser.add_argument("--methods", action="store_true", help="the table of methods instead")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        records = options.records or Path(folder, "records.jsonl")
-        if options.records is None:
-            run_tests(records)
-        found = tables(records.read_text(encoding="utf-8").splitlines())
+    place = "methods" if options.methods else "compatibility"
+    content = describe.markdown() if options.methods else recorded(options.records)
     if options.write is None:
-        print(section(found))
+        print(content)
         return
     text = options.write.read_text(encoding="utf-8")
-    options.write.write_text(insert(text, section(found)), encoding="utf-8")
+    options.write.write_text(insert(text, content, place), encoding="utf-8")
 
 
 if __name__ == "__main__":

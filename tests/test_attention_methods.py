@@ -283,6 +283,24 @@ def test_sag_equals_diffusers_pipeline(w):
         torch.testing.assert_close(call(pipe, w), expected, atol=1e-4, rtol=1e-4)
 
 
+class BlurringEverything(StableDiffusionSAGPipeline):
+    """Where every token receives more attention than the mean, the mask is all ones."""
+
+    def sag_masking(self, original_latents, attn_map, map_size, t, eps):
+        everywhere = torch.ones_like(attn_map)  # a token receives one from each query
+        return super().sag_masking(original_latents, everywhere, map_size, t, eps)
+
+
+@pytest.mark.parametrize("w", [1.0, 5.0])
+def test_blur_equals_diffusers_pipeline_with_a_mask_of_ones(w):
+    pipe = tiny_sd()
+    pipe.unet.config["attention_head_dim"] = 4
+    expected = call(as_pipeline(BlurringEverything, pipe), w, sag_scale=0.75)
+    guidance = CFG() + BlurGuidance(0.75) if w > 1 else BlurGuidance(0.75)
+    with guidance.attach(pipe):
+        torch.testing.assert_close(call(pipe, w), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("w", [1.0, 5.0])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
 def test_pag_equals_diffusers_pipeline(w, scheduler):

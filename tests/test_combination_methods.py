@@ -225,6 +225,14 @@ def test_rescaled_equals_its_formula(kind, w, phi):
             torch.testing.assert_close(guided[row].double(), expected, atol=2e-3, rtol=1e-4)
 
 
+def test_rescaled_output_equals_the_pipelines_own():
+    pipe = tiny_sd()
+    rescaled = run_sd(pipe, RescaledCFG(7.0, 0.6, "output"))
+    call = {"num_inference_steps": 6, "guidance_scale": 7.0, "guidance_rescale": 0.6}
+    plain = pipe("a red star", latents=latents(), output_type="latent", **call).images
+    torch.testing.assert_close(rescaled, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_rescaled_is_what_cfg_does_with_the_networks_output():
     step = make_step(*random_triple(2, 4, 8, 8))
     ours, theirs = RescaledCFG(7.0, 0.6, "output"), CFG(7.0, rescale=0.6)
@@ -248,6 +256,18 @@ def test_thresholding_equals_its_formula(w, quantile, ceiling):
         q = q if ceiling is None else min(q, ceiling)
         torch.testing.assert_close(guided[row], x0.clamp(-q, q) / q, atol=1e-4, rtol=1e-4)
     assert guided.abs().max() <= 1 + 1e-4
+
+
+@pytest.mark.parametrize("ceiling", [1.5, 100.0])
+def test_thresholding_equals_that_of_diffusers_scheduler(ceiling):
+    """Whose quantile and clipping are its own; its ceiling has to be a number."""
+    scheduler = DDIMScheduler(
+        thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=ceiling
+    )
+    step = make_step(*(3 * tensor for tensor in random_triple(2, 3, 8, 6)))
+    guided = guide(DynamicThresholding(4.0, 0.9, ceiling=ceiling), step).x0
+    expected = scheduler._threshold_sample(step.cfg(4.0).x0)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_thresholding_leaves_what_is_in_range():

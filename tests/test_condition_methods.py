@@ -8,6 +8,7 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
@@ -474,6 +475,21 @@ def test_cads_anneals_from_noise_to_clean():
     g = [cads.clean(make_step(*random_triple(1, 4, 8, 8), index=i, total=11)) for i in range(11)]
     expected = [0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]  # tau falls from 1 by 0.1
     assert g == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.4, 1.0])
+def test_cads_noises_by_its_formula(rescale):
+    """Sample by sample in NumPy, halfway between noise and the clean condition."""
+    y = 3 + 2 * torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(2))
+    step = make_step(*random_triple(2, 4, 8, 8), index=3, total=11)  # tau 0.7 of 0.5 to 0.9
+    cads = CADS(tau1=0.5, tau2=0.9, noise=0.25, rescale=rescale, seed=4)
+    found = cads.condition(step, "cond", {"text": y}, State())["text"]
+    for row, n in enumerate(Noise(4, "cads")(y).numpy()):
+        clean = y[row].numpy()
+        noised = np.sqrt(0.5) * clean + 0.25 * np.sqrt(0.5) * n
+        restored = (noised - noised.mean()) / noised.std() * clean.std() + clean.mean()
+        expected = rescale * restored + (1 - rescale) * noised
+        np.testing.assert_allclose(found[row].numpy(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from compatibility import insert
 from hypothesis import given
 from hypothesis import strategies as st
 from steps import KINDS, guide, make_step, random_triple
+from tiny import sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_families import FAMILIES, final_latents, fresh, pipeline
 
 from guidancekit import (
     APG,
     CFG,
     FDG,
+    ICG,
+    NAG,
+    NASA,
+    PAG,
+    SAG,
     CFGPlusPlus,
     Guidance,
     GuidanceError,
+    InternalHead,
     Interval,
     Linear,
+    SideBySide,
     parse,
 )
+from guidancekit.cli import main
+from guidancekit.describe import cost, evaluations, oracle
+from guidancekit.engine.run import Run
 from guidancekit.guidance import State
-from guidancekit.registry import methods
+from guidancekit.parameters import parameters
+from guidancekit.registry import create, methods
 
 
 def contrast(x0, *_):
@@ -33,7 +51,7 @@ def contrast(x0, *_):
 
 def three_classes(x0):
     """A classifier for `gfcg`."""
-    return x0.flatten(1)[:, :3]
+    return torch.stack([f(x0.flatten(1), 1) for f in (torch.mean, torch.std, torch.amax)], dim=1)
 
 
 # A row per method: typical settings, and the settings at which it is CFG at scale w
@@ -105,11 +123,11 @@ def step_of(guidance, *triple, kind="epsilon"):
 
 
 # These reach into the network: their laws run on real pipelines, in test_attention_methods.py.
-IN_THE_NETWORK = {"blur", "nag", "nasa", "pag", "sag", "seg", "slg"}
+IN_THE_NETWORK = ("blur", "nag", "nasa", "pag", "sag", "seg", "slg")
 
 
 def test_every_method_has_a_row_of_laws():
-    assert set(LAWS) | IN_THE_NETWORK == set(methods())
+    assert set(LAWS) | set(IN_THE_NETWORK) == set(methods())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,6 +177,35 @@ def test_finite_in_half_precision(guidance, dtype):
         assert torch.isfinite(guided.out).all()
 
 
+@pytest.mark.parametrize("name", LAWS)
+def test_finite_at_extreme_scales(name):
+    """Also where the predictions agree, or are nothing at all."""
+    scales = [p.name for p in parameters(methods()[name]) if p.kind == "scale"]
+    if name == "internal":
+        scales = ["cfg"]  # its other scale takes a head inside a network
+    guidance = methods()[name](**{**LAWS[name][0], **dict.fromkeys(scales, 1e3)})
+    cond, uncond, x = (t.half() for t in random_triple(1, 4, 16, 16))
+    for first, second in ((cond, uncond), (cond, cond), (0 * cond, 0 * cond)):
+        assert torch.isfinite(guide(guidance, step_of(guidance, first, second, x)).out).all()
+
+
+@pytest.mark.parametrize("guidance", TYPICAL)
+def test_packed_equals_unpacked(guidance):
+    """Rules that do not care about space may be given tokens [B, N, C]; FDG refuses them."""
+
+    def pack(t):
+        return t.flatten(2).transpose(1, 2)
+
+    triple = random_triple(2, 4, 6, 8)
+    packed = step_of(guidance, *map(pack, triple))
+    if guidance.name == "fdg":
+        with pytest.raises(GuidanceError, match="spatial grid"):
+            guide(guidance, packed)
+        return
+    expected = guide(guidance, step_of(guidance, *triple)).out
+    torch.testing.assert_close(guide(guidance, packed).out, pack(expected), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("guidance", TYPICAL)
 def test_equal_predictions_stay_as_they_are(guidance):
     cond, _, x = random_triple(1, 4, 8, 8)
@@ -172,7 +219,9 @@ def test_shapes_are_kept(guidance, shape):
     assert guide(guidance, step_of(guidance, *random_triple(*shape))).out.shape == shape
 
 
-@pytest.mark.parametrize("guidance", TYPICAL)
+@pytest.mark.parametrize(
+    "guidance", TYPICAL + [pytest.param(methods()[name](), id=name) for name in IN_THE_NETWORK]
+)
 def test_config_and_text_round_trips(guidance, tmp_path):
     if guidance.name in HOLD_FUNCTIONS:
         with pytest.raises(GuidanceError, match="a file cannot"):
@@ -188,11 +237,235 @@ def test_config_and_text_round_trips(guidance, tmp_path):
 def test_documented_and_preset(name):
     cls = methods()[name]
     assert cls.paper.startswith("arXiv:") and cls.__doc__ and cls.paper in cls.__doc__
+    assert "network evaluation" in cost(cls) and oracle(cls)
     for family, preset in cls.presets.items():
         assert cls.preset(family) == cls(**preset.values)
         assert preset.source
     with pytest.raises(GuidanceError, match="no published settings"):
         cls.preset("a model nobody published settings for")
+
+
+# --- laws of whole runs --------------------------------------------------------------------------
+
+STEPS = 4
+PROMPTS = ("a red star", "a blue ring")
+# Rows per step of methods that do not cost the same in every one of the four.
+UNEVEN = {
+    "adaptive": [2, 2, 1, 1],
+    "beta-cfg": [1, 2, 2, 1],
+    "cfg-mp": [6, 6, 2, 2],
+    "cfg-zero*": [0, 2, 2, 2],
+    "linear-ag": [2, 1, 2, 1],
+    "nlg": [8, 2, 2, 2],
+    "pcg": [5, 5, 5, 1],
+    "slg": [1, 2, 2, 2],
+}
+
+
+def acting(name, weaker=None, head=None):
+    """A method that acts in a run; its row of laws, and what only a run needs."""
+    more = {
+        "autoguidance": dict(network=weaker or tiny_sd(seed=1).unet),
+        "internal": dict(scale=2.0, head=head or InternalHead("mid_block", 16, 4, 2)),
+        "annealing": dict(weights="scenes:annealing"),
+        "cfg-mp": dict(iterations=2),
+        "tsg": dict(low=0.0),
+        "nag": dict(negative_prompt="a green heart"),
+        "nasa": dict(negative_prompt="a green heart"),
+        "slg": dict(start=0.0, end=1.0),
+    }
+    return create(name, **{**LAWS.get(name, ({},))[0], **more.get(name, {})})
+
+
+@functools.cache
+def shared(make, dtype=torch.float32):
+    return make().to(dtype)
+
+
+distilled_flux = functools.partial(fresh, "flux-distilled")
+
+
+def run(guidance, rows=(0, 1), dtype=torch.float32, make=tiny_sd):
+    """The latents of two prompts, or of one of them, each always from the same noise."""
+    if guidance.name == "embedded":
+        call = {
+            name: given.to(dtype) for name, given in FAMILIES["flux-distilled"].call(rows).items()
+        }
+        pipe = shared(distilled_flux, dtype)
+        with guidance.attach(pipe):
+            return final_latents(
+                "flux-distilled", pipe, 1.0, rows, num_inference_steps=STEPS, **call
+            )
+    make = tiny_sd3 if guidance.name in FLOW_ONLY else make
+    pipe = shared(make, dtype)
+    if make is tiny_sd3:
+        call = {key: value[list(rows)].to(dtype) for key, value in sd3_prompt(2).items()}
+    else:
+        call = {"prompt": [PROMPTS[row] for row in rows]}
+    noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(row)) for row in rows]
+    with guidance.attach(pipe):
+        return pipe(
+            **call,
+            latents=torch.stack(noise).to(dtype),
+            guidance_scale=5.0,
+            num_inference_steps=STEPS,
+            height=32,
+            width=32,
+            output_type="latent",
+        ).images
+
+
+@functools.cache
+def first_run(name):
+    """A method, the latents of its first run, and the network rows of a sample in each step."""
+    guidance = acting(name)
+    latents = run(guidance)
+    return guidance, latents, [rows / 2 for rows in guidance.report().rows_per_step]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_the_documented_cost_is_that_of_a_run(name):
+    guidance, _, counted = first_run(name)
+    documented = evaluations(guidance, STEPS)
+    assert counted == UNEVEN.get(name, [documented] * STEPS)
+    assert sum(counted) <= STEPS * documented <= STEPS * evaluations(guidance)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "counted"),
+    [
+        (CFG() + SAG() + PAG(), 4),
+        (CFG() + NAG(), 2),
+        (CFG(3.0) + ICG(2.0), 3),
+        (CFG(3.0) + APG(2.0), 2),  # they share the unconditional prediction, the estimate does not
+        (SideBySide([CFG(), CFG() + SAG()]), 2.5),
+    ],
+    ids=repr,
+)
+def test_the_cost_of_several_is_estimated_from_above(guidance, counted):
+    run(guidance)
+    assert guidance.report().rows_per_step == [2 * counted] * STEPS
+    assert counted <= evaluations(guidance) <= counted + 1
+
+
+def test_an_undocumented_cost_is_taken_for_that_of_cfg():
+    class Mine(CFG):
+        """My rule."""
+
+    assert evaluations(Mine()) == 2
+
+
+@pytest.mark.parametrize("name", methods())
+def test_runs_repeat_and_copies_do_the_same(name):
+    """Nothing is left to chance, of a run before, or behind by a pickle."""
+    guidance, first, _ = first_run(name)
+    assert torch.isfinite(first).all()
+    assert torch.equal(run(guidance), first)
+    assert torch.equal(run(pickle.loads(pickle.dumps(guidance))), first)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_sample_of_a_batch_is_that_of_a_run_alone(name):
+    """Sample i of a batch with seed s is the only sample of a batch with seed s + i."""
+    guidance, together, _ = first_run(name)
+    for row in (0, 1):
+        own = copy.deepcopy(guidance)
+        if hasattr(own, "seed"):
+            own.seed += row
+        alone = run(own, rows=(row,))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", methods())
+def test_runs_in_half_precision(name, dtype):
+    weaker = tiny_sd(seed=1).unet.to(dtype) if name == "autoguidance" else None
+    latents = run(acting(name, weaker), (0,), dtype)
+    assert latents.dtype == dtype and torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("name", sorted({*methods()} - {*FLOW_ONLY, "embedded"}))
+def test_all_work_on_stable_diffusion_xl(name):
+    weaker = tiny_sdxl(seed=1).unet if name == "autoguidance" else None
+    latents = run(acting(name, weaker), make=tiny_sdxl)
+    assert torch.isfinite(latents).all()
+    assert not torch.allclose(latents, unguided_sdxl(), atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [NAG(), NASA()], ids=repr)
+def test_sdxls_empty_negative_prompt_says_nothing(guidance):
+    with pytest.warns(UserWarning, match="Give a negative prompt"):
+        run(guidance, make=tiny_sdxl)
+    assert len(guidance.report().warnings) == 1
+
+
+@functools.cache
+def unguided_sdxl():
+    return run(CFG(1.0), make=tiny_sdxl)
+
+
+# Those that test_families.py and test_attention_families.py run in every family are left out.
+IN_FAMILIES = {
+    "cfg",
+    "fdg",
+    "cfg++",
+    "cfg-zero*",
+    "cfg-mp",
+    "pcg",
+    "icg",
+    "tsg",
+    "cads",
+    "embedded",
+}
+NOT_FOR_DIT = {"perp-neg": "cannot encode", "rectified-cfg++": "for flow models"}
+
+
+@pytest.mark.parametrize("family", ["dit", "sd3", "flux"])
+@pytest.mark.parametrize("name", [name for name in LAWS if name not in IN_FAMILIES])
+def test_the_others_work_on_transformers(name, family, monkeypatch):
+    pipe, labelled = pipeline(family), family == "dit"
+    weaker = copy.deepcopy(pipe.transformer)
+    for parameter in weaker.parameters():
+        parameter.data *= 0.9
+    guidance = acting(name, weaker, head=InternalHead("transformer_blocks.0", 16, 4, 2))
+    if name == "gfcg" and labelled:
+        guidance.references = None  # classes are its references
+    if not labelled:  # there are no text encoders: another text is the opposite of the prompt
+
+        def encode(run, prompt):
+            return {name: -given[:1] for name, given in run.passes.conditions("cond").items()}
+
+        monkeypatch.setattr(Run, "_encode", encode)
+
+    def draw(guidance):
+        with guidance.attach(pipe):
+            return final_latents(family, pipe, 5.0, num_inference_steps=STEPS)
+
+    if labelled and name in NOT_FOR_DIT:
+        with pytest.raises(GuidanceError, match=NOT_FOR_DIT[name]):
+            draw(guidance)
+        return
+    latents = draw(guidance)
+    assert torch.isfinite(latents).all()
+    assert not torch.allclose(latents, draw(CFG(1.0)), atol=1e-4)
+
+
+# --- the table of methods ------------------------------------------------------------------------
+
+
+def test_the_readme_holds_the_table_of_methods(capsys):
+    assert main(["methods", "--markdown"]) == 0
+    table = capsys.readouterr().out.strip()
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| `{name}`" for name in methods()]
+    assert all(len(row) == 6 and all(row) for row in rows)
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert readme == insert(readme, table, "methods"), "run: make methods"
+
+
+def test_the_table_is_of_all_methods(capsys):
+    assert main(["methods", "apg", "--markdown"]) == 2
+    assert "leave out 'apg'" in capsys.readouterr().err
 
 
 # --- terms and schedules inside a method ---------------------------------------------------------

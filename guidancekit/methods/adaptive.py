@@ -26,7 +26,9 @@ class AdaptiveGuidance(ClassifierFree):
     nearly 1 from the start. Default: x0, where a third party measured on SDXL (w = 7, 50 steps)
     that 0.999 guides 18 steps and the paper's 0.991 only 8; hence 0.999. `minimum_steps` 2 keeps a
     wrong space from switching guidance off unnoticed (ours). In the crossing step CFG still holds
-    (third party). Cost: 2 network evaluations per step, 1 after the last latch.
+    (third party).
+    Cost: 2 network evaluations per step, 1 after the last latch.
+    Oracle: a loop by hand with the latch of one sample, on SD3.
     """
 
     name = "adaptive"

@@ -37,11 +37,18 @@ class AnnealingGuidance(Renoising):
     checkpoint to compare values with (unverified). The preset `scenes` names the network of the
     embedded model.
     Cost: 2 network evaluations per step.
+    Oracle: the network in NumPy, in a DDIM loop by hand.
     """
 
     name = "annealing"
     paper = "arXiv:2506.24108"
-    presets = {"scenes": Preset({"weights": "scenes:annealing"}, "ours: trained for 30 DDIM steps")}
+    presets = {
+        "sdxl": Preset(
+            {"alignment": 0.4, "divisor": 5.0},
+            "official sample script, 50 DDIM steps; give the authors' checkpoint as weights",
+        ),
+        "scenes": Preset({"weights": "scenes:annealing"}, "ours: trained for 30 DDIM steps"),
+    }
 
     def __init__(
         self,

@@ -30,7 +30,8 @@ class AutoGuidance(WeakBranch):
     network is: dropout or noise on a good one did not help (paper). Keep it on at all noise levels.
     Default: w = 2.1, the paper's for ImageNet-512; for text-to-image nothing is published. The
     preset `scenes` names the embedded model's weaker sibling.
-    Cost: 1 evaluation of each network per step; none of the weaker one where w = 1.
+    Cost: 2 network evaluations per step, 1 of each network; 1 where w = 1.
+    Oracle: a loop by hand with two networks, Eq. 3 and Eq. 6.
     """
 
     name = "autoguidance"

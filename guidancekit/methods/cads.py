@@ -16,7 +16,7 @@ from ..tensors import TINY, Noise, mean, std
 
 
 class CADS(Companion):
-    """CADS: a noisy condition at first, annealed to the clean one, arXiv:2310.17347: diversity.
+    """CADS: a noisy condition at first, for diversity, annealed to the clean one, arXiv:2310.17347.
 
     y <- sqrt(g) y + noise sqrt(1 - g) n with fresh n every step, where g rises from 0 (while
     tau = 1 - progress >= tau2) to 1 (from tau1 on); then the mean and standard deviation of y are
@@ -29,15 +29,20 @@ class CADS(Companion):
     that code; the unconditional branch is not, unless `branches` is "both" (its choice; unverified
     which is the paper's). Mean and deviation are each sample's. Class labels, whose embedding is
     inside the network, are refused. Draws are reused in the stages of a solver step; sample i of a
-    batch has the seed `seed` + i. Cost: 2 network evaluations per step, as CFG.
+    batch has the seed `seed` + i.
+    Cost: 2 network evaluations per step, as CFG.
+    Oracle: its formula by hand, and CFG in a loop by hand under the noised conditions.
     """
 
     name = "cads"
     paper = "arXiv:2310.17347"
     presets = {
+        "sd15": Preset(
+            {"scale": 9.0, "tau1": 0.6, "tau2": 0.9, "noise": 0.25}, "sd-webui-cads (third party)"
+        ),
         "dit": Preset(
             {"tau1": 0.5, "tau2": 0.9, "noise": 0.15}, "arXiv:2407.02687 App. G, used with ICG"
-        )
+        ),
     }
 
     def __init__(

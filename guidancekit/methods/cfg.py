@@ -7,11 +7,12 @@ from typing import Annotated
 from .. import schedules
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
-from ..schedules import AnyScale, Interval, scale_at
+from ..schedules import AnyScale, Interval, Linear, PowerCosine, scale_at
 from ..step import Branch, Moment, Prediction, Step, branches_at
 from ..tensors import match_std
 
 _INTERVAL_PAPER = "arXiv:2404.07724 Table 1 and Sec. 4"
+_SCHEDULES = "arXiv:2404.13040, known second-hand"
 _SCENES = Interval.presets["scenes"]
 
 
@@ -22,6 +23,7 @@ class CFG(ClassifierFree):
     network's output back to the conditional one's, per sample, arXiv:2305.08891 Sec. 3.4; the value
     0.7 recommended with w = 7.5 is known second-hand (unverified).
     Cost: 2 network evaluations per step; 1 where w = 1.
+    Oracle: Diffusers' own pipelines, to the last bit; their guidance_rescale; exact Gaussians.
     """
 
     name = "cfg"
@@ -34,6 +36,14 @@ class CFG(ClassifierFree):
         "dit-interval-dino": Preset(
             {"scale": Interval(4.0, 0.45, 1.23)}, f"{_INTERVAL_PAPER}, best FD-DINOv2"
         ),
+        **{
+            f"{family}-linear": Preset({"scale": Linear(floor=floor)}, f"{_SCHEDULES}, clamped")
+            for family, floor in (("sd15", 2.0), ("sdxl", 4.0), ("sd3", 0.5))
+        },
+        **{
+            f"{family}-power-cosine": Preset({"scale": PowerCosine(power=power)}, _SCHEDULES)
+            for family, power in (("sd15", 1.0), ("sdxl", 0.1))
+        },
         "scenes-interval": Preset({"scale": Interval(None, **_SCENES.values)}, _SCENES.source),
     }
 

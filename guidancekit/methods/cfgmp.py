@@ -29,7 +29,8 @@ class ManifoldProjectedCFG(ClassifierFree):
     DiT. Gains need about 20 steps, and an independent measurement found worse results than CFG at
     w of 9 and more. Latents move before the step, so predictions at earlier ones are of no use:
     only for schedulers that read none (DDIM, DDPM, Euler, LCM, flow Euler).
-    Cost: 2 evaluations per step, and 2 per iteration, one after the other.
+    Cost: 2 + 2 `iterations` network evaluations per step, one after the other; 2 below `above`.
+    Oracle: loops by hand, on SD3 and with every scheduler it takes; the mixing in closed form.
     """
 
     name = "cfg-mp"

@@ -57,15 +57,16 @@ class CFGPlusPlus(Renoising):
     `strength="equivalent_cfg"`, or a scale of None, it is a CFG scale w, and lambda is w over the
     median gain of the run's steps (our rule): the same strength at any number of steps.
     Cost: 2 network evaluations per step, at every scale.
+    Oracle: Algorithm 1 in loops by hand: DDIM, Euler, Euler ancestral, DPM++ 2M.
     """
 
     name = "cfg++"
     paper = "arXiv:2406.08070"
     presets = {
-        "sd15": Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps"),
-        "sdxl": Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps"),
-        "sdxl-lightning": Preset({"scale": 1.0}, "CFGpp-diffusion/CFGpp, 4 steps"),
+        family: Preset({"scale": 0.6}, "CFGpp-diffusion/CFGpp README, 50 DDIM steps")
+        for family in ("sd15", "sd21", "sdxl")
     }
+    presets["sdxl-lightning"] = Preset({"scale": 1.0}, "CFGpp-diffusion/CFGpp, 4 steps")
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class CFGZeroStar(ClassifierFree):
     authors' repository, which counts inclusively (its 1 is our 2, and 4 % of 50 steps). The authors
     mean both parts to be used together. Nothing was published per model family, so no presets.
     Cost: 2 network evaluations per step; 1 where w = 1; 0 in the steps of `zero_init`.
+    Oracle: its formula in float64, and a loop by hand on SD3.
     """
 
     name = "cfg-zero*"

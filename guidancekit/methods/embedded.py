@@ -23,7 +23,9 @@ class EmbeddedGuidance(Guidance):
 
     The schedule over the run is ours: the paper's scale is constant. It acts on the condition only:
     alone the prediction is the conditional one; for true CFG write CFG() + EmbeddedGuidance(...).
-    Networks that take no scale are refused. Cost: no further network evaluation.
+    Networks that take no scale are refused.
+    Cost: no further network evaluation.
+    Oracle: Diffusers' pipelines of Flux and HunyuanVideo, called at that scale.
     """
 
     name = "embedded"

@@ -31,7 +31,9 @@ class FDG(Guidance):
     Defaults: None for `scale_high` is the pipeline's guidance_scale; None for `scale_low` is half
     of `scale_high`, at least 1: the paper's ratio for SDXL. Two levels are the paper's setting;
     scales of further levels are interpolated (ours). Works on any grid of at least 3 x 3, frame by
-    frame on video. Cost: 2 network evaluations per step; 1 where both scales are 1.
+    frame on video.
+    Cost: 2 network evaluations per step; 1 where both scales are 1.
+    Oracle: the paper's two pyramids by hand, pixel by pixel in float64.
     """
 
     name = "fdg"

@@ -38,6 +38,7 @@ class FeedbackGuidance(ClassifierFree):
     is ours. Functions cannot be saved: give them anew when loading a file.
     Cost: 2 network evaluations per step; in scored steps each function (and the decoder, with
     `decode`) runs once per candidate.
+    Oracle: none for the paper's evaluators; our rule by hand in NumPy.
     """
 
     name = "feedback"

@@ -40,8 +40,9 @@ class GFCG(ClassifierFree):
     class, against the `references`. Functions cannot be saved. No presets were published; `scenes`
     is ours. In a sum, `lag` gives the reference to the other terms too, as their unconditional
     prediction.
-    Cost: 2 network evaluations and 1 of the classifier per step (and of the decoder, with
-    `decode`), one after the other without `lag`; 1 network evaluation where all are confident.
+    Cost: 2 network evaluations per step and 1 of the classifier (and of the decoder, with
+    `decode`), one after the other without `lag`; 1 of the network where all are confident.
+    Oracle: none for the paper; our formulas by hand, and CFG with the rival as negative prompt.
     """
 
     name = "gfcg"

@@ -34,6 +34,8 @@ class ICG(WeakBranch):
     The default scale None, the pipeline's, follows its advice: that of CFG or slightly less. Draws
     are reused in the stages of a solver step; sample i of a batch has the seed `seed` + i.
     Cost: 2 network evaluations per step; 1 where w = 1.
+    Oracle: a loop by hand with the same draws; Diffusers' pipeline with the one text as negative
+    prompt.
     """
 
     name = "icg"

@@ -31,7 +31,8 @@ class InternalGuidance(Guidance):
     the paper trains both together). Default w = 1.4: SiT-XL with CFG (official code). Nothing is
     published for text-to-image models, and the paper is known second-hand (unverified). The preset
     `scenes` names the head of the embedded model.
-    Cost: no further network evaluation: CFG's 2 per step, 1 where cfg is 1.
+    Cost: 2 network evaluations per step, as CFG; 1 where cfg is 1.
+    Oracle: a loop by hand with the same head.
     """
 
     name = "internal"

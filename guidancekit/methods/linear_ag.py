@@ -36,7 +36,8 @@ class LinearAG(ClassifierFree):
     then conditional) and one scalar per earlier prediction are second-hand (unverified). No table
     was published; the preset `scenes` names those of the embedded model. Stages after the first of
     a multi-stage solver are evaluated.
-    Cost: 2, 1 and 1 network evaluations per step for the three kinds; 25 in 20 steps as fitted.
+    Cost: 2 network evaluations per step where both are evaluated, else 1; 25 in 20 steps as fitted.
+    Oracle: a loop by hand on SD3; a network whose regression is known.
     """
 
     name = "linear-ag"

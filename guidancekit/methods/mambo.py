@@ -21,6 +21,7 @@ class MAMBOG(ClassifierFree):
     Defaults: damping 8 is that of Diffusers' guider, under the name MAMBO-G (third party); w is the
     pipeline's. Which of the two names the paper itself carries is unverified.
     Cost: 2 network evaluations per step; 1 where w = 1.
+    Oracle: its formula in float64.
     """
 
     name = "mambo-g"

@@ -24,6 +24,7 @@ class NAG(NegativeAttention):
     Defaults: phi 2, tau 2.5, alpha 0.5, the paper's Table 5 for SDXL.
     Cost: no further network evaluation; the layers named run once more for the conditional rows,
     which in joint attention is all blocks: as much as one more row.
+    Oracle: Eq. 7-10 in an attention processor by hand; networks run on twice the rows.
     """
 
     name = "nag"

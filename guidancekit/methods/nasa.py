@@ -18,7 +18,9 @@ class NASA(NegativeAttention):
     Eq. 7-9. Negative prompts for one-step and few-step models. It does not keep norms: equal texts
     give (1 - scale) Z+. Default 0.2: the paper's for models based on SD 2.1. No code of the authors
     is public (unverified against one), and how they treat the tokens of Flux's joint blocks is not
-    told: refused there. Cost: no further network evaluation; cross-attention runs once more.
+    told: refused there.
+    Cost: no further network evaluation; cross-attention runs once more.
+    Oracle: Eq. 7-9 in an attention processor by hand; networks run on twice the rows.
     """
 
     name = "nasa"

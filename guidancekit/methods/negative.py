@@ -51,6 +51,14 @@ class NegativeAttention(Guidance):
             yield
             return
         block, negative = first_block(step, self._evaluation(step))
+        if not hasattr(state, "checked"):  # once: reading it waits for the device
+            state.checked = True
+            text, *_ = pytree.tree_leaves(negative[TEXT])  # an adapter's images stand behind it
+            if not text.any():
+                step.warn(
+                    f"{self!r}: the negative text is all zeros, as SDXL's empty one is, and says "
+                    "nothing to steer away from. Give a negative prompt."
+                )
         joint = len(streams_of(block)) == 2
         if joint and not self.joint:
             raise GuidanceError(

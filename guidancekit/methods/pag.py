@@ -27,7 +27,9 @@ class PAG(PerturbedGuidance):
     (1 - u) A + u I (SoftPAG); 1 is PAG.
     Scale 3 with CFG, 5 without, layer "mid": the authors' for SD and SDXL; their ADM code's "4" is
     our 3. No layers are published for Flux, Qwen, Wan and DiT (unverified).
-    Cost: 1 further evaluation per step.
+    Cost: 1 further network evaluation per step.
+    Oracle: Diffusers' PAG pipelines of SD and SD3, its processor of Sana; attention by hand in
+    other families.
     """
 
     name = "pag"
@@ -38,6 +40,8 @@ class PAG(PerturbedGuidance):
             ("sd15", "mid", "cvlab-kaist/Perturbed-Attention-Guidance, with CFG 4"),
             ("sd21", "mid", "cvlab-kaist/Perturbed-Attention-Guidance, with CFG 4"),
             ("sdxl", "mid", "cvlab-kaist/Perturbed-Attention-Guidance, with CFG 4"),
+            ("kolors", "mid", "diffusers KolorsPAGPipeline, its default"),
+            ("animatediff", "mid", "diffusers AnimateDiffPAGPipeline, its default"),
             ("sd3", "transformer_blocks.13", "diffusers StableDiffusion3PAGPipeline"),
             ("pixart", "transformer_blocks.14", "diffusers PixArtSigmaPAGPipeline, its example"),
             ("sana", "transformer_blocks.8", "diffusers SanaPAGPipeline, its example"),

@@ -24,7 +24,8 @@ class PerpNeg(ClassifierFree):
 
     Defaults: weight 1.5, the paper's for one negative; a weight below 0 adds instead. The scale is
     the pipeline's. Without negatives it is CFG.
-    Cost: 2 network evaluations per step, and one for each negative.
+    Cost: 2 + len(`negatives`) network evaluations per step.
+    Oracle: a loop by hand in float64.
     """
 
     name = "perp-neg"

@@ -25,6 +25,7 @@ class RectifiedCFGPlusPlus(Guidance):
     predictor that would reach sigma = 0 goes half way. No presets: for w the default is the
     pipeline's (the equivalence is ours). Body of the paper unverified.
     Cost: 3 network evaluations per step, one after the other; 1 where w = 1.
+    Oracle: Algorithm 1 in loops by hand, on SD3 and with every scheduler it takes.
     """
 
     name = "rectified-cfg++"

@@ -23,6 +23,7 @@ class RescaledCFG(ClassifierFree):
     Defaults: phi = 0.7, recommended together with w = 7.5 (known second-hand, unverified); w is the
     pipeline's. No presets: the recommendation names no model family.
     Cost: 2 network evaluations per step; 1 where w = 1.
+    Oracle: its formula in float64; Diffusers' guidance_rescale.
     """
 
     name = "rescaled-cfg"

@@ -28,7 +28,9 @@ class BlurGuidance(Guidance):
     noise kept: exact for epsilon, v and flow models. With CFG in the sum the unconditional
     prediction is blurred and repeated, else the conditional one. That blur guidance is SAG with a
     mask of ones follows from the paper's abstract (unverified); blur: 9 x 9 and sigma 1, Diffusers'
-    values for SD latents. Cost: 1 further evaluation per step, which cannot be batched.
+    values for SD latents.
+    Cost: 1 further network evaluation per step, which cannot be batched.
+    Oracle: Diffusers' StableDiffusionSAGPipeline with a mask of ones.
     """
 
     name = "blur"
@@ -73,7 +75,8 @@ class SAG(BlurGuidance):
     alone counts; videos are blurred frame by frame, their map is of all frames (ours, both).
     Scale 0.75, layer "mid", blur: Diffusers' pipeline for SD; above 1 pictures saturate.
     For transformers there is no published layer (unverified).
-    Cost: 1 further evaluation per step, which cannot be batched.
+    Cost: 1 further network evaluation per step, which cannot be batched.
+    Oracle: Diffusers' StableDiffusionSAGPipeline; the attention it reads by hand in every family.
     """
 
     name = "sag"

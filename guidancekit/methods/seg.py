@@ -25,7 +25,9 @@ class SEG(PerturbedGuidance):
     one.
     `blur_sigma` None is the infinite blur: all queries are their mean. Finite kernels are clipped
     to the grid, so a large sigma is not infinite. Scale 3 fixed, layer "mid": the paper, for SDXL.
-    No layers are published for transformers (unverified). Cost: 1 further evaluation per step.
+    No layers are published for transformers (unverified).
+    Cost: 1 further network evaluation per step.
+    Oracle: an attention processor by hand; attention by hand in every family.
     """
 
     name = "seg"

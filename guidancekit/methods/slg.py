@@ -20,7 +20,9 @@ class SLG(PerturbedGuidance):
     guided + scale (cond - skipped), only while start N < i < end N: strict on both sides, so that
     step 0 is never guided. Whole transformer blocks are bypassed, image and text unchanged.
     Scale 2.5 and the window 0.01 to 0.2 are Stable Diffusion 3.5 Medium's (official code, together
-    with CFG 4). For SD3.5 Large no layers are published. Cost: 1 further evaluation in the window.
+    with CFG 4). For SD3.5 Large no layers are published.
+    Cost: 1 further network evaluation per step inside the window.
+    Oracle: Diffusers' skip_guidance_layers of SD3; networks without the block in every family.
     """
 
     name = "slg"

@@ -22,7 +22,10 @@ class TCFG(ClassifierFree):
     Space: the network's own output. That is noise in the paper's formula (epsilon models); for flow
     and v models it follows Diffusers' guider (third party). No parameter but the scale, whose
     default is the pipeline's: the paper reports gains at each model's usual one (only part of the
-    paper is verified). Cost: 2 network evaluations per step; 1 where w = 1.
+    paper is verified).
+    Cost: 2 network evaluations per step; 1 where w = 1.
+    Oracle: PyTorch's singular value decomposition, in a formula in float64 and a loop by hand on
+    SD3.
     """
 
     name = "tcfg"

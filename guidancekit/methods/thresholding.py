@@ -25,7 +25,8 @@ class DynamicThresholding(ClassifierFree):
     (our generalisation). Defaults: quantile 0.995 and the limit at 1 are known through Diffusers'
     DDIM scheduler (third party), whose own ceiling of 1 makes the clip static; None leaves q free,
     which is how we understand the paper (unverified).
-    Cost: CFG's, 2 network evaluations per step; 1 where w = 1.
+    Cost: 2 network evaluations per step, as CFG; 1 where w = 1.
+    Oracle: its formula with torch.quantile; the thresholding of Diffusers' DDIM scheduler.
     """
 
     name = "dynamic-thresholding"

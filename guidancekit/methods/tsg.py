@@ -42,6 +42,7 @@ class TSG(WeakBranch):
     Defaults: Table 11, text-conditional Stable Diffusion, without CFG. The noise is reused in the
     stages of a solver step; sample i of a batch has the seed `seed` + i.
     Cost: 2 network evaluations per step inside the window, 1 outside.
+    Oracle: a loop by hand with the same noisy embeddings.
     """
 
     name = "tsg"
