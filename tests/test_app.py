@@ -363,9 +363,7 @@ def test_text_of_others_cannot_become_markup():
 def url():
     app = guidancekit.app.build(Studio())
     app.queue(max_size=64)
-    _, url, _ = app.launch(
-        prevent_thread_lock=True, quiet=True, max_file_size=checks.MAX_FILE, show_error=True
-    )
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **guidancekit.app.OPTIONS)
     yield url
     app.close()
 

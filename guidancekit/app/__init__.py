@@ -21,7 +21,19 @@ from .settings import Settings
 from .studio import Studio
 from .trajectory import Trajectory
 
-CSS = Path(__file__).with_name("style.css")
+OPTIONS: dict[str, Any] = {
+    "css": Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
+    "theme": gr.themes.Default(  # fonts of the visitor's own system: nothing is fetched
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ),
+    "max_file_size": checks.MAX_FILE,
+    "show_error": True,
+    "footer_links": [],
+}
+"""How the app is served, wherever it is."""
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -72,22 +84,7 @@ def launch(
             share=share,
             server_port=port,
             server_name=host or "127.0.0.1",
-            theme=theme(),
-            css=CSS.read_text(encoding="utf-8"),
-            max_file_size=checks.MAX_FILE,
-            show_error=True,
-            footer_links=[],
-            **options,
+            **{**OPTIONS, **options},
         )
     except OSError as error:
         raise GuidanceError(f"cannot serve the app: {first_line(error)}") from error
-
-
-def theme() -> gr.themes.ThemeClass:
-    """Fonts of the visitor's own system: nothing is fetched from elsewhere."""
-    return gr.themes.Default(
-        primary_hue="indigo",
-        neutral_hue="slate",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )

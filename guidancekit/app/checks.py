@@ -48,7 +48,7 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not known or not math.isfinite(value) or not low <= value <= high:
         raise GuidanceError(f"{name}: found {value!r:.80}, expected a number from {low} to {high}.")
-    return value
+    return float(value)
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -68,7 +68,10 @@ def recipe_in(path: str | None) -> Recipe:
     if size > limit:
         raise GuidanceError(f"the file has {size:,} bytes, expected at most {limit:,}.")
     if suffix == ".png":
-        recipe = read_recipe(file)
+        try:
+            recipe = read_recipe(file)
+        except GuidanceError as error:  # where the server keeps it is nobody's business
+            raise GuidanceError(str(error).replace(str(file), file.name)) from error
     elif suffix == ".json":
         try:
             recipe = Recipe.from_json(file.read_text(encoding="utf-8"))
@@ -87,13 +90,10 @@ def readable(handler: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(error, gr.Error):
             return error
         if isinstance(error, GuidanceError):
-            return gr.Error(
-                html.escape(str(error)), title="That does not work", print_exception=False
-            )
+            return gr.Error(html.escape(str(error)), print_exception=False)
         log.exception("a handler of the app failed", exc_info=error)
         return gr.Error(
             f"guidancekit failed ({type(error).__name__}); the server's log says more.",
-            title="Something went wrong",
             print_exception=False,
         )
 

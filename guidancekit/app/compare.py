@@ -21,7 +21,7 @@ from .studio import Glimpse, Result, Studio
 # What to try: prompt, scale of the run, A, B, fair.
 LESSONS: dict[str, list[Any]] = {
     "at scale 15, APG keeps the colours that CFG burns": [
-        "a large red circle on a teal background",
+        "a small striped orange moon on a navy background",
         15,
         "CFG()",
         "APG()",
@@ -42,7 +42,7 @@ LESSONS: dict[str, list[Any]] = {
         True,
     ],
     "self-attention guidance needs no second prompt": [
-        "a small orange moon on a navy background",
+        "a large dotted pink heart on a white background",
         4,
         "CFG(scale=1.0)",
         "CFG(scale=1.0) + SAG(scale=1.0)",

@@ -25,7 +25,11 @@ from .show import escaped
 
 NUMBER = "a number"  # in the menu of schedules
 AUTO = "automatic"
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {
+    "concurrency_limit": None,  # beside any run; without a queue, states would not tell of changes
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
 Path = tuple[int | str, ...]
 Allow = Callable[[str], None]
 
@@ -39,7 +43,7 @@ class Card:
     def __init__(self, title: str, text: str) -> None:
         self.title = title
         self.drawn = gr.State(text)
-        self.text = gr.Textbox(text, label=title, max_lines=3, elem_id=f"guidance-{title.lower()}")
+        self.text = gr.Textbox(text, label=title, max_lines=1, elem_id=f"guidance-{title.lower()}")
         listen = [self.text.submit, self.text.blur]
         gr.on(listen, lambda text: text, self.text, self.drawn, **QUIET)
 
@@ -117,6 +121,7 @@ def _draw(text: str, model: str, *, guidance: gr.Textbox, drawn: gr.State, allow
                 new = text
             return (new, new) if redraw else new
 
+        control.interactive = True  # Gradio takes what has a value for a display
         outputs = [guidance, drawn] if redraw else guidance
         getattr(control, event)(handler, [guidance, control], outputs, **QUIET)
 
