@@ -46,7 +46,7 @@ demo: $(VENV)/.installed ## draw the comparison grid: four prompts under five me
 		"a blue star above a yellow square" \
 		"a small striped orange moon on a navy background" \
 		"a green heart left of a purple ring" \
-		--methods cfg,apg,cfg++,fdg,interval --seeds 0 --out $(OUT)/demo.png
+		--methods cfg,apg,cfg++,fdg,interval --scales 10 --seeds 0 --out $(OUT)/demo.png
 
 app: $(VENV)/.installed ## compare methods in the browser
 	$(BIN)/guidancekit app

@@ -214,6 +214,22 @@ def test_the_pipeline_draws_64_pixel_pictures(pipe) -> None:
     assert np.array_equal(pictures, draw())
 
 
+def test_a_named_colour_and_background_are_drawn(pipe) -> None:
+    import torch
+
+    from samples.scenes.recogniser import load
+
+    text = "a large red circle on a navy background"
+    pictures = pipe(
+        [text] * 4,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    assert sum(mark["all"] for mark in load().score(pictures, [text] * 4)) >= 3
+
+
 def test_every_word_of_the_grammar_has_a_token(pipe) -> None:
     rng = np.random.default_rng(0)
     texts = [caption(sample_scene(rng), rng) for _ in range(500)]
