@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    := samples/out
+DEVICE ?= cpu
 LOWEST := .venv-lowest
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-browser lint format compatibility methods test-lowest clean
+.PHONY: help demo app bench test test-browser lint format compatibility methods test-lowest clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -34,6 +35,10 @@ $(VENV)/.installed-browser: $(VENV)/.installed-dev
 		$$SUDO apt-get update -qq && $$SUDO apt-get install -qq --no-install-recommends chromium > /dev/null; }
 	@touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	@echo "installing the oldest versions into $(LOWEST), once ..."
 	$(PYTHON) -m venv $(LOWEST)
@@ -50,6 +55,9 @@ demo: $(VENV)/.installed ## draw the comparison grid: four prompts under five me
 
 app: $(VENV)/.installed ## compare methods in the browser
 	$(BIN)/guidancekit app
+
+bench: $(VENV)/.installed-bench ## measure what guidance costs, into BENCHMARKS.md; DEVICE=cuda
+	$(BIN)/python -m benchmarks --device $(DEVICE)
 
 test: $(VENV)/.installed-dev ## ruff, mypy and pytest
 	$(BIN)/ruff check .

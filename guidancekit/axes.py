@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from PIL import Image
 
 from . import bundled
 from .compare import split_methods
@@ -16,6 +17,7 @@ from .generate import Picture, follows_pipeline, with_scale
 from .grid import Label, Layout
 from .guidance import Guidance
 from .loading import check_scheduler
+from .parameters import value_of
 from .recipe import Recipe, installed_versions
 from .registry import parse
 
@@ -43,7 +45,7 @@ class Axis:
         elif name in ("prompt", "negative"):
             values = [part.strip() for part in text.split("|")]
         else:
-            values = [_value(part) for part in split_methods(text)]
+            values = [value_of(part) for part in split_methods(text)]
         if not values:
             raise GuidanceError(f"axis {name}: found no values, expected some, such as 2, 4, 8.")
         return cls(name, tuple(values))
@@ -148,6 +150,10 @@ class Sheet:
             Label(model, tuple(corner)),
         )
 
+    def draw(self) -> Image.Image:
+        """The sheet as it stands."""
+        return self.layout().draw()
+
     def to_json(self) -> str:
         """The axes, and recipes, network evaluations and seconds of the finished pictures."""
         content = {
@@ -180,17 +186,6 @@ def _path(guidance: Guidance, name: str) -> tuple[int | str, ...]:
 
 def _inner(value: Any) -> list[str]:
     return list(settings(value)) if hasattr(value, "to_config") else []
-
-
-def _value(text: str) -> Any:
-    """A number, a list, True, False or None; anything else is text."""
-    named = {"true": True, "false": False, "none": None, "auto": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def _shown(value: Any) -> str:

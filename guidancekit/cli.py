@@ -1,12 +1,10 @@
-"""The command line: `guidancekit generate | compare | fit | doctor | app | methods`."""
+"""The command line: `guidancekit generate | compare | grid | fit | doctor | app | methods`."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import io
 import json
-import re
 import sys
 import textwrap
 import warnings
@@ -151,6 +149,7 @@ def _recipes(options: argparse.Namespace, prompts: Sequence[str], device: str) -
 
 def _settings(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """The parameters given by --preset, without its scale if there is a --scale, and --set."""
+    from .parameters import value_of
     from .registry import methods
 
     values: dict[str, Any] = {}
@@ -165,22 +164,8 @@ def _settings(options: argparse.Namespace, method: str) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise GuidanceError(f"--set: found {text!r}, expected key=value, such as eta=0.5.")
-        values[key.strip()] = _value(value.strip())
+        values[key.strip()] = value_of(value.strip())
     return values
-
-
-def _value(text: str) -> Any:
-    """A number, True, False, None or list; anything else is text."""
-    if text.lower() in ("auto", "none"):
-        return None
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if re.fullmatch(r"[+-]?(nan|inf|infinity)", text.lower()):
-        return float(text)
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 # --- compare ------------------------------------------------------------------------------------
@@ -230,11 +215,11 @@ def compare(options: argparse.Namespace) -> int:
             advance()
     except KeyboardInterrupt:
         if comparison.pictures:
-            _save_comparison(comparison, free_path(out.with_stem(f"{out.stem}-partial")))
+            _save(comparison.draw(), comparison.to_json(), free_path(_partial(out)))
         raise
     for c, reason in comparison.left_out.items():
         _warn(f"left out {columns[c].method}: {reason}")
-    _save_comparison(comparison, out)
+    _save(comparison.draw(), comparison.to_json(), out)
     return 0
 
 
@@ -252,14 +237,57 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _save_comparison(comparison: Any, path: Path) -> None:
-    """Write the grid and the JSON beside it, and say where the grid is."""
-    table = path.with_suffix(".json")
-    with written_whole(table) as file:
-        file.write(comparison.to_json().encode())
+def _partial(out: Path) -> Path:
+    """Where the finished part of an interrupted grid goes."""
+    return out.with_stem(f"{out.stem}-partial")
+
+
+def _save(image: Any, table: str, path: Path) -> None:
+    """Write a grid and the JSON beside it, and say where the grid is."""
+    with written_whole(path.with_suffix(".json")) as file:
+        file.write(table.encode())
     with written_whole(path) as file:
-        comparison.draw().save(file, format="PNG")
+        image.save(file, format="PNG")
     print(path)
+
+
+# --- grid ---------------------------------------------------------------------------------------
+
+
+def draw_sheet(options: argparse.Namespace) -> int:
+    """Draw pictures over two settings, labelled."""
+    out = _out_file(options.out, ".png")
+
+    from .axes import NOTHING, Axis, Sheet
+    from .loading import choose_device
+    from .studio import Studio
+
+    device = choose_device(options.device)
+    base = _recipes(options, [options.prompt], device)[0]
+
+    def axis(option: str, text: str) -> Axis:
+        name, equals, values = text.partition("=")
+        if not equals or not name.strip():
+            found = f"{option}: found {text!r}"
+            raise GuidanceError(f"{found}, expected NAME=VALUES, such as scale=2,4,8.")
+        return Axis.read(name, values)
+
+    down = NOTHING if options.y is None else axis("--y", options.y)
+    sheet = Sheet(base, axis("--x", options.x), down, options.seeds or ())
+    _quiet_libraries()
+    studio = Studio(base.model, device)
+    _note(f"loading {base.model} ...")
+    studio.load(base.model)
+    _note(str(studio.cost([sheet.recipes[r][c] for r, c in sheet.cells])))
+    try:
+        with _progress(len(sheet.cells)) as advance:
+            studio.fill(sheet, lambda told: advance() if told is sheet else None)
+    except KeyboardInterrupt:
+        if sheet.pictures:
+            _save(sheet.draw(), sheet.to_json(), free_path(_partial(out)))
+        raise
+    _save(sheet.draw(), sheet.to_json(), out)
+    return 0
 
 
 # --- fit ----------------------------------------------------------------------------------------
@@ -466,20 +494,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="more prompts, one per line: a series, whose files are named by number and recipe. "
         "Given again, the command makes what is missing; processes of a launcher share the series",
     )
-    make.add_argument(
-        "--method", metavar="NAME", help="strategy or schedule, or a sum: 'cfg(5) + apg' [cfg]"
-    )
-    make.add_argument(
-        "--scale",
-        type=float,
-        metavar="W",
-        help="CFG scale, 1 is no guidance [4 for the embedded model, else the pipeline's]; "
-        "up to 1 it is the method's own scale (cfg++: lambda)",
-    )
-    make.add_argument(
-        "--set", action="append", metavar="KEY=VALUE", help="parameter of the method; repeatable"
-    )
-    make.add_argument("--preset", metavar="NAME", help="published settings: see methods NAME")
+    _add_method_options(make)
     make.add_argument("--seed", type=int, metavar="S", help="seed of the first picture [0]")
     make.add_argument(
         "-n",
@@ -539,6 +554,41 @@ def make_parser() -> argparse.ArgumentParser:
         help="the grid; a JSON of costs and recipes is written beside it [%(default)s]",
     )
     _add_run_options(grid)
+
+    sheet = _command(
+        commands,
+        "grid",
+        draw_sheet,
+        "draw one prompt over any two settings",
+        """\
+        guidancekit grid "a red star" --x scale=2,4,8,15 --y method=cfg,apg,cfg++
+        guidancekit grid "a red star" --method apg --x eta=0,0.5,1 --y "norm_threshold=0,5,none"
+        guidancekit grid "a red star" --x "prompt=a red star | a blue ring" --seeds 0,1,2
+        """,
+    )
+    sheet.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    sheet.add_argument(
+        "--x",
+        required=True,
+        metavar="NAME=VALUES",
+        help="across: method, scale, steps, scheduler, seed, prompt (values between bars: |), "
+        "negative, or a parameter of the method",
+    )
+    sheet.add_argument("--y", metavar="NAME=VALUES", help="down, as --x [nothing]")
+    sheet.add_argument(
+        "--seeds", type=_numbers(int), metavar="S,...", help="seeds, a row each [that of --seed]"
+    )
+    _add_method_options(sheet)
+    sheet.add_argument("--seed", type=int, metavar="S", help="seed of all pictures [0]")
+    sheet.add_argument("--model", metavar="ID_OR_FOLDER", help=_MODEL_HELP)
+    sheet.add_argument(
+        "--out",
+        default=f"{OUT}/grid.png",
+        metavar="PNG",
+        help="the grid; a JSON of recipes is written beside it [%(default)s]",
+    )
+    _add_run_options(sheet)
+    sheet.set_defaults(count=1, source=None)
 
     _add_fit(commands)
 
@@ -661,6 +711,23 @@ def _add_fit_options(parser: argparse.ArgumentParser, out: str, scale: str) -> N
     parser.add_argument("--model", metavar="ID_OR_FOLDER", help=_MODEL_HELP)
     parser.add_argument("--out", default=out, metavar="FILE", help="the file [%(default)s]")
     _add_model_options(parser)
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method", metavar="NAME", help="strategy or schedule, or a sum: 'cfg(5) + apg' [cfg]"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        metavar="W",
+        help="CFG scale, 1 is no guidance [4 for the embedded model, else the pipeline's]; "
+        "up to 1 it is the method's own scale (cfg++: lambda)",
+    )
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="parameter of the method; repeatable"
+    )
+    parser.add_argument("--preset", metavar="NAME", help="published settings: see methods NAME")
 
 
 def _add_prompts(parser: argparse.ArgumentParser, what: str) -> None:

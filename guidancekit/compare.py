@@ -17,6 +17,8 @@ from .loading import default_scale, load_pipeline
 from .recipe import Recipe, installed_versions
 from .registry import methods, parse
 
+WIDEST = 10  # columns that are still seen at a glance
+
 
 @dataclass(frozen=True)
 class Column:
@@ -87,7 +89,10 @@ class Comparison:
         return [column] if self.columns[column].optional else alike
 
     def draw(self) -> Image.Image:
-        """The grid of the finished pictures; unfinished cells are empty."""
+        """The grid of the finished pictures; unfinished cells are empty.
+
+        Many methods stand below each other instead of side by side.
+        """
         several = len({row.model for row in self.rows}) > 1
         shown = [c for c in range(len(self.columns)) if c not in self.left_out]
         corner, first = [], self.rows[0]
@@ -96,15 +101,17 @@ class Comparison:
         corner.append(f"{first.steps} steps")
         if first.negative:
             corner.append(f"negative: {first.negative}")
-        return draw_grid(
-            [[self._image(r, c) for c in shown] for r in range(len(self.rows))],
-            [
-                Label(row.prompt, (f"seed {row.seed}", *((_short(row.model),) if several else ())))
-                for row in self.rows
-            ],
-            [self._head(c) for c in shown],
-            Label("guidancekit" if several else _short(first.model), tuple(corner)),
-        )
+        pictures = [[self._image(r, c) for c in shown] for r in range(len(self.rows))]
+        sides = [
+            Label(row.prompt, (f"seed {row.seed}", *((_short(row.model),) if several else ())))
+            for row in self.rows
+        ]
+        heads = [self._head(c) for c in shown]
+        name = Label("guidancekit" if several else _short(first.model), tuple(corner))
+        if len(heads) > max(WIDEST, len(sides)):
+            below = [Label(each.title, (*each.details, each.foot)) for each in heads]
+            return draw_grid([*zip(*pictures, strict=True)], below, sides, name)
+        return draw_grid(pictures, sides, heads, name)
 
     def to_json(self) -> str:
         """Recipes, network evaluations, seconds and effective scales of the finished pictures."""

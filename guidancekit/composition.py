@@ -29,6 +29,10 @@ class Several(Guidance):
         return tuple({branch for term in self.terms for branch in term.evaluates})
 
     @property
+    def inside(self) -> bool:
+        return any(term.inside for term in self.terms)
+
+    @property
     def scheduled(self) -> bool:
         return any(term.scheduled for term in self.terms)
 
@@ -62,6 +66,12 @@ class Sum(Several):
         if all(silent):
             silent[:1] = [False]
         self._silent = silent
+        # Passes that may join come first, so that the branches still wait for them.
+        self._order = sorted(range(len(flat)), key=lambda i: not flat[i].joins)
+
+    @property
+    def joins(self) -> bool:  # type: ignore[override]
+        return not self.inside and any(term.joins for term in self.terms)
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
         each = zip(self.terms, self._states(state), self._silent, strict=True)
@@ -90,13 +100,18 @@ class Sum(Several):
             yield
 
     def guide(self, step: Step, state: State) -> Prediction:
-        for term, own, silent in zip(self.terms, self._states(state), self._silent, strict=True):
-            own.guided = step.cond if silent else term.guide(step, own)
-        changed = [own.guided for own in self._states(state) if own.guided is not step.cond]
+        states = self._states(state)
+        for i in self._order:
+            term, own = self.terms[i], states[i]
+            own.guided = step.cond if self._silent[i] else term.guide(step, own)
+        cond = step.cond
+        changed = [own.guided for own in states if own.guided is not cond]
         if len(changed) < 2:  # one term acts, or none: to the last bit
-            return changed[0] if changed else step.cond
-        updates = [each.out - step.cond.out for each in changed[1:]]
-        return step.predict(out=sum(updates, changed[0].out))
+            return changed[0] if changed else cond
+        total = changed[0].out
+        for each in changed[1:]:
+            total = (each.out - cond.out).add_(total)
+        return step.predict(out=total)
 
     def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
         for term, own in zip(self.terms, self._states(state), strict=True):
@@ -121,12 +136,6 @@ class Share:
     step: Step
     state: State
     guided: Prediction | None = None
-
-    @property
-    def inside(self) -> bool:
-        """Whether the strategy changes what happens inside the network while it runs."""
-        parts = self.term.terms if isinstance(self.term, Sum) else (self.term,)
-        return any(type(part).during is not Guidance.during for part in parts)
 
 
 class SideBySide(Several):
@@ -188,14 +197,14 @@ class SideBySide(Several):
         wanted: dict[Branch, list[int]] = {}
         for each in shares:
             each.step.needed = each.term.needs(each.step, each.state)
-            for branch in () if each.inside else each.step.needed:
+            for branch in () if each.term.inside else each.step.needed:
                 wanted.setdefault(branch, []).extend(each.rows)
                 self.evaluations[each.index] += len(each.rows)
         found = step.gather(wanted) if wanted else {}
         for branch, out in found.items():
             position = {row: i for i, row in enumerate(wanted[branch])}
             for each in shares:
-                if branch in each.step.needed and not each.inside:
+                if branch in each.step.needed and not each.term.inside:
                     own = out[[position[row] for row in each.rows]]
                     each.step.evaluated[branch] = each.step.predict(out=own)
 
@@ -203,7 +212,7 @@ class SideBySide(Several):
         out, cond = torch.empty_like(step.x), torch.empty_like(step.x)
         for each in self._shares(step, state):
             with each.term.during(each.step, each.state):
-                if each.inside:
+                if each.term.inside:
                     each.term.evaluate(each.step, each.state)
                 each.guided = each.term.guide(each.step, each.state)
             out[each.rows] = each.guided.out

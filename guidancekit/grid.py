@@ -65,8 +65,9 @@ class Layout:
         self.tops = [top]
         for side in self.sides:
             self.tops.append(self.tops[-1] + max(self.height, side.height) + GAP)
-        self.size = left + len(columns) * (self.width + GAP) - GAP + MARGIN, (
-            self.tops.pop() - GAP + MARGIN
+        self.size = (
+            left + len(columns) * (self.width + GAP) - GAP + MARGIN,
+            (self.tops.pop() - GAP + MARGIN),
         )
 
     def cell_at(self, x: float, y: float) -> tuple[int, int] | None:

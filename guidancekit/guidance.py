@@ -63,6 +63,9 @@ class Guidance(PipelineCallback):
         if "__init__" in vars(cls):
             cls.__init__ = register_to_config(cls.__init__)  # type: ignore[method-assign]
 
+    joins: ClassVar[bool] = False
+    """Whether its further pass, asked for before `step.cond`, may join the pass of the branches."""
+
     # --- what a strategy implements -------------------------------------------------------------
 
     def needs(self, moment: Moment, state: State) -> tuple[Branch, ...]:
@@ -113,25 +116,32 @@ class Guidance(PipelineCallback):
         return (along / dot(difference, difference).clamp_min(TINY)).flatten()
 
     @property
+    def inside(self) -> bool:
+        """Whether it changes or reads what happens inside the network while that runs."""
+        return type(self).during is not Guidance.during
+
+    @property
     def scheduled(self) -> bool:
         """Whether a schedule decides when this guidance acts."""
         return any(isinstance(value, Schedule) for value in vars(self).values())
 
     # --- what a user calls ----------------------------------------------------------------------
 
-    def attach(self, pipe: Any, watch: Watch | None = None) -> Guidance:
+    def attach(self, pipe: Any, watch: Watch | None = None, joined: bool = False) -> Guidance:
         """Install this guidance on a Diffusers pipeline, and return it.
 
         It acts in every call of `pipe` until it comes off: at the end of a ``with`` block, on
         `detach`, when another guidance is attached to the same pipeline, or when the object dies
         (the pipeline holds it weakly). ``watch(step, guided)`` is called after every evaluation of
         the guidance, with the `Step` and the guided `Prediction`, to look on; what it raises ends
-        the run. Raises `GuidanceError` for an object it cannot work on.
+        the run. ``joined`` lets the further pass of PAG, SEG, SLG, ICG or TSG join the batch of the
+        pass before it, where the pipeline has one for all branches: the same rows in fewer calls,
+        for more memory at once. Raises `GuidanceError` for an object it cannot work on.
         """
         from .engine import Attachment
 
         self.detach()
-        self._attachment: Attachment | None = Attachment(self, pipe, watch=watch)
+        self._attachment: Attachment | None = Attachment(self, pipe, watch=watch, joined=joined)
         return self
 
     def detach(self) -> None:

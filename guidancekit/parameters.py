@@ -9,8 +9,10 @@ The constructor validates against it, and the command line and the app build the
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -132,6 +134,20 @@ def parameters(cls: type) -> list[Parameter]:
     return [
         _parameter(name, hints.get(name, Any), argument.default) for name, argument in arguments
     ]
+
+
+def value_of(text: str) -> Any:
+    """A value as it is typed: a number, True, False, None or auto, a list; else text."""
+    if text.lower() in ("auto", "none"):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?(nan|inf|infinity)", text.lower()):
+        return float(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def check(cls: type, values: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from .errors import GuidanceError
+from .tensors import combine
 
 Branch = Literal["cond", "uncond"]
 COND: tuple[Branch, ...] = ("cond",)
@@ -78,71 +79,90 @@ class Prediction:
     @cached_property
     def x0(self) -> Tensor:
         """The clean latent."""
-        alpha, sigma, data = self.level.alpha, self.level.sigma, self.level.data
-        match self.kind:
-            case "epsilon":
-                return (self.x - sigma * self.out) / max(alpha, _SMALLEST_ALPHA)
-            case "v_prediction":
-                return data**2 * alpha * self.x - data * sigma * self.out
-            case "preconditioned":
-                return data**2 * alpha * self.x + data * sigma * self.out
-            case "flow":
-                return self.x - sigma * self.out
-            case "reverse_flow":
-                return self.x + sigma * self.out
-            case "sample":
-                return self.out
-        raise _unknown()
+        return self._read(_x0(self.kind, self.level))
 
     @cached_property
     def eps(self) -> Tensor:
         """The noise."""
-        alpha, sigma, data = self.level.alpha, self.level.sigma, self.level.data
-        match self.kind:
-            case "epsilon":
-                return self.out
-            case "v_prediction":
-                return sigma * self.x + data * alpha * self.out
-            case "preconditioned":
-                return sigma * self.x - data * alpha * self.out
-            case "flow":
-                return self.x + alpha * self.out
-            case "reverse_flow":
-                return self.x - alpha * self.out
-            case "sample":
-                return (self.x - alpha * self.x0) / sigma
-        raise _unknown()
+        return self._read(_eps(self.kind, self.level))
 
     @cached_property
     def v(self) -> Tensor:
         """The velocity: ``eps - x0`` for flow models, ``alpha * eps - sigma * x0`` otherwise."""
-        if self.kind in _VELOCITY:
-            return _VELOCITY[self.kind] * self.out
-        return self.level.alpha * self.eps - self.level.sigma * self.x0
+        return self._read(_v(self.kind, self.level))
+
+    def _read(self, space: Space) -> Tensor:
+        of_x, of_out = space
+        return self.out if space == (0, 1) else combine(of_x, self.x, of_out, self.out)
 
     @classmethod
     def from_x0(cls, x0: Tensor, x: Tensor, level: Level, kind: Kind) -> Prediction:
         """What a network of this kind would put out to say `x0` at `x`."""
-        match kind:
-            case "epsilon":
-                out = (x - max(level.alpha, _SMALLEST_ALPHA) * x0) / level.sigma
-            case "v_prediction":
-                out = (level.data * level.alpha * x - x0 / level.data) / level.sigma
-            case "preconditioned":
-                out = (x0 / level.data - level.data * level.alpha * x) / level.sigma
-            case "flow":
-                out = (x - x0) / level.sigma
-            case "reverse_flow":
-                out = (x0 - x) / level.sigma
-            case "sample":
-                out = x0
-            case _:
-                raise _unknown()
-        return cls(out, x, level, kind)
+        return cls(_solve(_x0(kind, level), x0, x), x, level, kind)
+
+    @classmethod
+    def from_v(cls, v: Tensor, x: Tensor, level: Level, kind: Kind) -> Prediction:
+        """What a network of this kind would put out to say the velocity `v` at `x`."""
+        return cls(_solve(_v(kind, level), v, x), x, level, kind)
+
+
+Space = tuple[float, float]
+"""The factors (a, b) of ``a * x + b * out``: every space is linear in the latent and the output."""
+
+
+def _x0(kind: Kind, level: Level) -> Space:
+    alpha, sigma, data = level.alpha, level.sigma, level.data
+    match kind:
+        case "epsilon":
+            alpha = max(alpha, _SMALLEST_ALPHA)
+            return 1 / alpha, -sigma / alpha
+        case "v_prediction":
+            return data**2 * alpha, -data * sigma
+        case "preconditioned":
+            return data**2 * alpha, data * sigma
+        case "flow":
+            return 1, -sigma
+        case "reverse_flow":
+            return 1, sigma
+        case "sample":
+            return 0, 1
+    raise _unknown()
+
+
+def _eps(kind: Kind, level: Level) -> Space:
+    alpha, sigma, data = level.alpha, level.sigma, level.data
+    match kind:
+        case "epsilon":
+            return 0, 1
+        case "v_prediction":
+            return sigma, data * alpha
+        case "preconditioned":
+            return sigma, -data * alpha
+        case "flow":
+            return 1, alpha
+        case "reverse_flow":
+            return 1, -alpha
+        case "sample":
+            return 1 / sigma, -alpha / sigma
+    raise _unknown()
+
+
+def _v(kind: Kind, level: Level) -> Space:
+    if kind in _VELOCITY:
+        return 0, _VELOCITY[kind]
+    pairs = zip(_eps(kind, level), _x0(kind, level), strict=True)
+    of_x, of_out = (level.alpha * eps - level.sigma * x0 for eps, x0 in pairs)
+    return of_x, of_out
 
 
 _VELOCITY = {"v_prediction": 1, "flow": 1, "preconditioned": -1, "reverse_flow": -1}
 """The kinds whose output is the velocity, and its sign."""
+
+
+def _solve(space: Space, value: Tensor, x: Tensor) -> Tensor:
+    """The network's output that means `value` in a space, at `x`."""
+    of_x, of_out = space
+    return value if space == (0, 1) else combine(1 / of_out, value, -of_x / of_out, x)
 
 
 def _unknown() -> GuidanceError:
@@ -189,11 +209,12 @@ class Step(Moment):
     `level` and `next_level` are the noise levels of this evaluation and after the step.
 
     `evaluate(branch, ...)` runs the network once more: at another latent `x` (with its `timestep`
-    and `level`), under other `conditions`, through another `network`, or for some `rows` only;
-    `gather({branch: rows})` does so for rows of several branches at once, and returns outputs.
-    `conditions(branch)` are
-    the tensors that a branch is conditioned on, by argument name; `encode(prompt)` those of other
-    text. `decode(x0)` makes images [n, 3, H, W] in [0, 1] of clean latents.
+    and `level`), under other `conditions`, through another `network`, for some `rows` only, or
+    `within` a context of `attention` or `around`, which then is about this evaluation alone.
+    `gather({branch: rows})` evaluates rows of several branches at once, and returns outputs.
+    `conditions(branch)` are the tensors that a branch is conditioned on, by argument name;
+    `encode(prompt)` those of other text. `decode(x0)` makes images [n, 3, H, W] in [0, 1] of clean
+    latents.
     `attention(layers, tap)` is a context in which `tap` stands in for the attention of the named
     layers, `around(matches, wrapper)` one in which `wrapper` stands in for layers themselves (both:
     `guidancekit.engine.layers`); `rows(branch, count)` tells the rows of a branch inside.
@@ -249,12 +270,10 @@ class Step(Moment):
         self, *, out: Tensor | None = None, x0: Tensor | None = None, v: Tensor | None = None
     ) -> Prediction:
         """A prediction of this step from an output of the network's kind, from `x0` or from `v`."""
-        if v is not None and self.kind in _VELOCITY:
-            out = _VELOCITY[self.kind] * v
         if out is not None:
             return Prediction(out, self.x, self.level, self.kind)
         if v is not None:
-            x0 = self.alpha * self.x.float() - self.sigma * v
+            return Prediction.from_v(v, self.x, self.level, self.kind)
         assert x0 is not None, "predict(out=...), predict(x0=...) or predict(v=...)"
         return Prediction.from_x0(x0, self.x, self.level, self.kind)
 
@@ -265,7 +284,7 @@ class Step(Moment):
         if w == 0:
             return self.uncond
         cond, uncond = self.cond.out, self.uncond.out
-        return self.predict(out=uncond + w * (cond - uncond))
+        return self.predict(out=(cond - uncond).mul_(w).add_(uncond))
 
     def shift_next(self, latents: Tensor, d: Tensor) -> Tensor:
         """Move the clean estimate behind the next `latents` by `d` at fixed noise (float32 inside).

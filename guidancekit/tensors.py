@@ -14,8 +14,17 @@ from torch import Tensor
 TINY = 1e-12
 
 
+def combine(p: float, a: Tensor, q: float, b: Tensor) -> Tensor:
+    """p a + q b, in as few passes over memory as it takes."""
+    if p == 0:
+        return q * b
+    return torch.add(a, b, alpha=q) if p == 1 else (p * a).add_(b, alpha=q)
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample."""
+    if a is b:
+        return norm(a).square()
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
@@ -64,8 +73,8 @@ class Noise:
 
 def parallel(a: Tensor, onto: Tensor) -> Tensor:
     """The component of `a` along `onto`; zero where `onto` is zero."""
-    unit = onto / norm(onto).clamp_min(TINY)
-    return dot(a, unit) * unit
+    length = norm(onto).clamp_min(TINY)
+    return onto * (dot(a, onto) / length / length)
 
 
 def match_std(a: Tensor, reference: Tensor, strength: float) -> Tensor:
@@ -73,5 +82,4 @@ def match_std(a: Tensor, reference: Tensor, strength: float) -> Tensor:
 
     `strength` (phi) blends between `a` (0) and the rescaled tensor (1).
     """
-    rescaled = a * (std(reference) / std(a).clamp_min(TINY))
-    return strength * rescaled + (1 - strength) * a
+    return a * (1 + strength * (std(reference) / std(a).clamp_min(TINY) - 1))

@@ -39,3 +39,16 @@ def tiny_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny-sd"
     tiny_sd().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def url():
+    """Where the app is served, on the embedded model."""
+    import guidancekit.app
+    from guidancekit.studio import Studio
+
+    app = guidancekit.app.build(Studio())
+    app.queue(max_size=64)
+    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **guidancekit.app.OPTIONS)
+    yield url
+    app.close()

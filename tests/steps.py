@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -44,10 +44,13 @@ def make_step(
 
     perturbed = []
 
-    def evaluate(branch, x=x, timestep=None, level=level, conditions=None, network=None):
+    def evaluate(
+        branch, x=x, timestep=None, level=level, conditions=None, network=None, within=None
+    ):
         """The same clean prediction wherever it is asked for; `uncond` if anything is altered."""
-        altered = conditions is not None or network is not None or perturbed
-        return from_x0(clean["uncond" if altered else branch], x, level, kind)
+        with within or nullcontext():
+            altered = conditions is not None or network is not None or perturbed
+            return from_x0(clean["uncond" if altered else branch], x, level, kind)
 
     @contextmanager
     def around(*_, **__):

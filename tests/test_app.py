@@ -15,17 +15,16 @@ import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
 
-import guidancekit.app
 from guidancekit import APG, CFG, SAG, GuidanceError, Interval
 from guidancekit.app import checks, controls, show
 from guidancekit.app.jobs import Job
-from guidancekit.app.studio import Result, Studio, spread
 from guidancekit.axes import Axis
 from guidancekit.cli import main
 from guidancekit.generate import run
 from guidancekit.loading import load_pipeline
 from guidancekit.recipe import CHUNK, read_recipe, save_picture
 from guidancekit.registry import methods, parse
+from guidancekit.studio import Result, Studio, spread
 
 STEPS = 4
 MODEL = "scenes-unet"
@@ -120,7 +119,7 @@ def test_stopping_leaves_the_pipeline_as_it_was(studio):
 
 def test_a_scheduler_is_for_one_run_only(studio):
     own = studio.compare([recipe(studio)], ignore)[0]
-    other = studio.compare([recipe(studio, scheduler="euler")], ignore)[0]
+    other = studio.compare([recipe(studio, scheduler="dpm++2m")], ignore)[0]
     again = studio.compare([recipe(studio)], ignore)[0]
     assert np.array_equal(pixels(own.picture.image), pixels(again.picture.image))
     assert not np.array_equal(pixels(own.picture.image), pixels(other.picture.image))
@@ -357,15 +356,6 @@ def test_text_of_others_cannot_become_markup():
 
 
 # --- through a real server ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def url():
-    app = guidancekit.app.build(Studio())
-    app.queue(max_size=64)
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **guidancekit.app.OPTIONS)
-    yield url
-    app.close()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,7 +196,8 @@ def test_a_foreign_file_is_left_alone(content, sd, tmp_path):
 
 def test_minutes_limit_a_fit(sd, tmp_path, monkeypatch):
     now = iter(range(0, 1000, 25))
-    monkeypatch.setattr(guidancekit.fitting.time, "monotonic", lambda: next(now))
+    clock = SimpleNamespace(monotonic=lambda: next(now))  # of the fit, not of other threads
+    monkeypatch.setattr(guidancekit.fitting, "time", clock)
     fitted = to_file(sd, tmp_path / "a.json", minutes=1.0)  # 25 seconds a run
     assert (fitted.runs, fitted.of) == (2, 6)
 

@@ -1,8 +1,9 @@
 """The app: compare guidance methods side by side, in a browser.
 
-`studio.py` does the work and gives plain data; `jobs.py` streams it and stops it; `checks.py` says
-what the server accepts. The rest is looks: `settings.py` is the left column, `controls.py` a
-method's card, `compare.py`, `grid.py` and `trajectory.py` the tabs, `show.py` how results look.
+`guidancekit/studio.py` does the work and gives plain data; `jobs.py` streams it and stops it;
+`checks.py` says what the server accepts. The rest is looks: `settings.py` is the left column,
+`controls.py` a method's card, `compare.py`, `grid.py` and `trajectory.py` the tabs, `show.py` how
+results look.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import gradio as gr
 
 from ..errors import GuidanceError
 from ..loading import first_line
+from ..studio import Studio
 from . import checks
 from .compare import FIRST, Compare
 from .grid import Grid
 from .settings import Settings
-from .studio import Studio
 from .trajectory import Trajectory
 
 OPTIONS: dict[str, Any] = {

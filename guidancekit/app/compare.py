@@ -12,11 +12,11 @@ from typing import Any
 import gradio as gr
 
 from ..snippets import as_command, as_python
+from ..studio import Glimpse, Result, Studio
 from . import checks, show
 from .controls import Card
 from .jobs import Job
 from .settings import Settings
-from .studio import Glimpse, Result, Studio
 
 # What to try: prompt, scale of the run, A, B, fair.
 LESSONS: dict[str, list[Any]] = {

@@ -14,11 +14,11 @@ from ..compare import split_methods
 from ..errors import GuidanceError
 from ..files import written_whole
 from ..registry import parse
+from ..studio import Glimpse, Result, Studio
 from . import checks, show
 from .controls import QUIET
 from .jobs import Job
 from .settings import Settings
-from .studio import Glimpse, Result, Studio
 
 NOBODY = "nothing"  # on the second axis
 SUGGESTED = {
@@ -173,11 +173,11 @@ class Grid:
             if isinstance(told, Glimpse):
                 yield {self.status: show.progress(told)}
             else:
-                yield {self.image: sheet.layout().draw()}
+                yield {self.image: sheet.draw()}
         whole = len(sheet.pictures) == len(sheet.cells)
         with tempfile.TemporaryDirectory(prefix="guidancekit-") as folder:
             image, table = Path(folder, "grid.png"), Path(folder, "grid.json")
-            sheet.layout().draw().save(image)
+            sheet.draw().save(image)
             with written_whole(table) as file:
                 file.write(sheet.to_json().encode())
             yield {

@@ -10,10 +10,10 @@ import gradio as gr
 from ..errors import GuidanceError
 from ..loading import SCHEDULERS, default_scale
 from ..recipe import Recipe
+from ..studio import Studio
 from . import checks
 from .controls import Card
 from .show import status
-from .studio import Studio
 
 MODEL_OWN = "the model's own"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import save_picture
-from .studio import Glimpse, Result
+from ..studio import Glimpse, Result
 
 PLOTS = {
     "scale": "effective scale",

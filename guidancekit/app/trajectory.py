@@ -13,10 +13,10 @@ from .. import bundled
 from ..compare import split_methods
 from ..errors import GuidanceError
 from ..generate import with_scale
+from ..studio import Glimpse, Studio
 from . import checks, show
 from .jobs import Job
 from .settings import Settings
-from .studio import Glimpse, Studio
 
 
 class Trajectory:

@@ -161,8 +161,9 @@ def _shared(name: str, value: Tensor) -> bool:
 
 
 def _chosen(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of a tensor; without a copy where they are consecutive."""
+    """Rows of a tensor; without a copy where they are evenly spaced."""
     first, last = rows[0], rows[-1]
-    if list(rows) == list(range(first, last + 1)):
-        return tensor[first : last + 1]
-    return tensor[list(rows)]
+    space = max(1, rows[1] - first) if len(rows) > 1 else 1
+    if list(rows) == list(range(first, last + 1, space)):
+        return tensor[first : last + 1 : space]
+    return tensor[torch.tensor(rows).to(tensor.device, non_blocking=True)]

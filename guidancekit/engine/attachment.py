@@ -32,13 +32,18 @@ class Attachment:
     """One guidance on one pipeline. It holds the guidance weakly and comes off when that dies.
 
     With `once` it serves the run that is under way, and comes off after its last step.
-    `watch` is shown every guided prediction.
+    `watch` is shown every guided prediction; `joined` as in `Guidance.attach`.
     """
 
     def __init__(
-        self, guidance: Guidance, pipe: Any, once: bool = False, watch: Watch | None = None
+        self,
+        guidance: Guidance,
+        pipe: Any,
+        once: bool = False,
+        watch: Watch | None = None,
+        joined: bool = False,
     ) -> None:
-        self.pipe, self.once, self.watch = pipe, once, watch
+        self.pipe, self.once, self.watch, self.joined = pipe, once, watch, joined
         self.denoisers = denoisers(pipe)
         self.scheduler: Any = None
         self.installed = True
@@ -153,7 +158,7 @@ class Attachment:
             return
         if any(network._compiled_call_impl is not None for network in self.denoisers):
             _hide_from_compiler()
-        self.run = Run(guidance, self.pipe, self.watch)
+        self.run = Run(guidance, self.pipe, self.watch, self.joined)
         self.used = True
 
     def denoise(
@@ -168,9 +173,10 @@ class Attachment:
             self._unpatch_scheduler()
             self._patch_scheduler()
             self._start()
-        if self.run is None or scope_of(self.pipe) is None:
+        scope = None if self.run is None else scope_of(self.pipe)
+        if self.run is None or scope is None:
             return forward(*args, **kwargs)
-        return self.run.denoise(network, forward, args, kwargs)
+        return self.run.denoise(network, forward, args, kwargs, scope)
 
     def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's `step`."""

@@ -109,23 +109,28 @@ class Call:
         """Network output for one branch, [B, C, ...], or for all rows where `branch` is None.
 
         Optionally at another (x, t), under other conditions, through another network that takes the
-        same arguments, or for some `rows` only.
+        same arguments, or for some `rows` only, which may repeat. Conditions of fewer rows are
+        those of the last ones.
         """
         given, chosen = self.given, list(range(self.rows))
         if branch is not None:
             chosen = chosen[self._rows(branch)]
         if rows is not None:
             chosen = [chosen[i] for i in rows]
-        if len(chosen) < self.rows:
+        if chosen != list(range(self.rows)):
             given = given.take(chosen)
         if x is not None:
             given = given.with_sample(self.layout.paste(self.layout.pack(x), given.sample))
         if timestep is not None:
             given = given.with_time(timestep, len(chosen))
         if conditions is not None:
-            given = given.renewed(
-                {*conditions}, lambda name, rows: joined([conditions[name]], like=rows)
-            )
+
+            def renew(name: str, rows: Any) -> Any:
+                own = conditions[name]  # which may have another number of tokens
+                before = [rows[: len(rows) - len(own)]] if len(own) < len(rows) else []
+                return joined([*before, own], like=rows)
+
+            given = given.renewed({*conditions}, renew)
         self.reply = given.pass_to(network or self.forward)
         return self.layout.sign * self.layout.unpack(self.layout.cut(self.reply[0]))
 

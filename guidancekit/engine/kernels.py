@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,12 +27,17 @@ class Attend:
     [rows, heads, queries, keys]: to be added, or true where a key is seen.
     """
 
-    kernel: Callable[[Tensor, Tensor, Tensor], Tensor]
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     scale: float
     mask: Tensor | None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.kernel(q, k, v)
+        return self.kernel(q, k, v, self.mask)
+
+    def of(self, rows: slice) -> Attend:
+        """The attention of some rows only."""
+        each = self.mask is not None and self.mask.ndim == 4 and self.mask.shape[0] > 1
+        return replace(self, mask=self.mask[rows]) if each and self.mask is not None else self
 
 
 Look = Callable[[Tensor, Tensor, Tensor, Attend], Tensor]
@@ -131,8 +136,10 @@ def _show(
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     q, k, v = (turn(given.pop(name)) for name in names[:3])
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return turn(kernel(turn(q), turn(k), turn(v), **given))
+    mask = given.pop("attn_mask", None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return turn(kernel(turn(q), turn(k), turn(v), attn_mask=mask, **given))
 
     scale = given.get("scale") or q.shape[-1] ** -0.5
-    return turn(look(q, k, v, Attend(run, scale, given.get("attn_mask"))))
+    return turn(look(q, k, v, Attend(run, scale, mask)))

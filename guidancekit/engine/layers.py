@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import GuidanceError
@@ -61,6 +62,7 @@ def around(
     wrapper: Callable[..., Any],
     layers: str = "",
     what: str = "",
+    only: Only = lambda: None,
 ) -> Iterator[None]:
     """Run `wrapper(layer, *args, **kwargs)` in place of the forward of every matching module.
 
@@ -68,11 +70,50 @@ def around(
     or comma-separated names such as "blocks.1", of whole components, so that this is one block and
     not also blocks.10 to 19; "mid" is the mid block of a UNet, or the middle one of a transformer's
     blocks. Raises `GuidanceError` if none matches (`what` says what is missing), or if one of the
-    names matches none.
+    names matches none. Where `only` names rows, the others are left alone.
     """
     found = _find(network, matches, layers, what)
-    with _patched(found, lambda module: functools.partial(wrapper, Layer(module))):
+
+    def run(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+        rows = only()
+        if rows is None:
+            return wrapper(layer, *args, **kwargs)
+        parts = (slice(0, rows.start), rows)
+        given = [_part((args, kwargs), part, rows.stop) for part in parts]
+        (args, kwargs), (own_args, own_kwargs) = given
+        return _whole(layer(*args, **kwargs), wrapper(layer, *own_args, **own_kwargs), rows)
+
+    with _patched(found, lambda module: functools.partial(run, Layer(module))):
         yield
+
+
+Only = Callable[[], slice | None]
+"""The rows, the last ones of the running evaluation, that a perturbation is about; None: all."""
+
+
+def _part(value: Any, rows: slice, count: int) -> Any:
+    """Some of `count` rows of everything in a layer's arguments that has as many."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.shape[0] == count else value
+    if isinstance(value, Mapping):
+        return {key: _part(item, rows, count) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_part(item, rows, count) for item in value)
+    return value
+
+
+def _whole(others: Any, own: Any, rows: slice) -> Any:
+    """What a layer returns for all rows, from what it returns for the others and for its own."""
+    if others is None:  # SD3's last block has no further use for the text
+        return None
+    if isinstance(own, (list, tuple)):
+        return type(own)(_whole(a, b, rows) for a, b in zip(others, own, strict=True))
+    if isinstance(own, Tensor) and len(others) + len(own) == rows.stop:
+        return torch.cat([others, own.to(others.dtype)])
+    raise GuidanceError(
+        "joined=True: this network does not keep its rows apart in the layers that the guidance "
+        "perturbs. Attach without it."
+    )
 
 
 def _find(
@@ -213,14 +254,15 @@ def tapped(
     layers: str,
     tap: Tap,
     text: bool = False,
+    only: Only = lambda: None,
 ) -> Iterator[None]:
     """Let `tap` stand in for the attention of the layers named, of all of them if `layers` is "".
 
     That is the self-attention of the image, alone or together with the text; with `text`, its
     cross-attention to the text, without that to the images of adapters. `grid` is the latent's
     (height, width) or (frames, height, width), in tokens where the pipeline packs it; `branches`
-    tells the rows of the running evaluation. Raises `GuidanceError` if no such layer exists, or if
-    none of them was seen at work.
+    tells the rows of the running evaluation; where `only` names some of them, the others attend as
+    ever. Raises `GuidanceError` if no such layer exists, or if none of them was seen at work.
     """
     network = _uncompiled(network)
     sequence = Sequence(network, grid)
@@ -237,7 +279,15 @@ def tapped(
                 return attend(q, k, v)  # to the image of an adapter
             seen = True
             known = None if text else texts
-            return tap(q, k, v, attend, sequence.place(queries, known, attend.mask, branches()))
+            rows = only()
+            if rows is None:
+                return tap(q, k, v, attend, sequence.place(queries, known, attend.mask, branches()))
+            first = rows.start * (q.shape[0] // rows.stop)  # one for each frame
+            others, rows = slice(0, first), slice(first, q.shape[0])
+            apart = attend.of(rows)
+            place = sequence.place(queries, known, apart.mask, branches()[-1:])
+            kept = attend.of(others)(q[others], k[others], v[others])
+            return torch.cat([kept, tap(q[rows], k[rows], v[rows], apart, place)])
 
         with watch(look):
             return layer(*args, **kwargs)

@@ -13,6 +13,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +105,11 @@ Watch = Callable[[Step, Prediction], None]
 class Run:
     """One call of the pipeline: the state, the position and the report."""
 
-    def __init__(self, guidance: Guidance, pipe: Any, watch: Watch | None = None) -> None:
+    def __init__(
+        self, guidance: Guidance, pipe: Any, watch: Watch | None = None, joined: bool = False
+    ) -> None:
         self._guidance = weakref.ref(guidance)
-        self.watch = watch
+        self.watch, self.joined = watch, joined
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.state = SimpleNamespace()
         self.moments: list[Moment] = []
@@ -118,11 +121,14 @@ class Run:
         self.step: Step | None = None
         self.guided: Tensor | None = None  # as the network predicts: [B, *layout.shape]
         self.evaluating: tuple[Branch, ...] = ()
+        self.waiting: tuple[Branch, ...] = ()  # for a further pass that they can join
+        self.perturbed: slice | None = None  # the rows of that pass among all that are evaluated
         self.encoded: dict[str, dict[str, Tensor]] = {}
         self.verified: set[int] = set()  # for how many branches at once
         self._scale: float | None = None  # the pipeline's
         self._embedded: float | None = None  # what it tells a distilled network
         self._now = 0.0
+        self._signature = inspect.signature(type(self.scheduler).step)
         self.report = guidance._report = Report(repr(guidance))
 
     @property
@@ -137,16 +143,17 @@ class Run:
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        scope: Mapping[str, Any],
     ) -> Any:
         """One call of the denoiser by the pipeline, answered with the guided prediction.
 
         Where the pipeline asks for its branches one after the other, the first answer is filled in
         with the last one: what the strategy knows of one branch may decide what it needs of the
-        other.
+        other. `scope` holds the local variables of the pipeline's call.
         """
         given = Arguments.of(network, args, kwargs)
         if self.shape is None:
-            self.shape = self._read_shape(network, given)
+            self.shape = self._read_shape(network, given, scope)
         shape = self.shape
         waiting = self.passes.calls if self.passes else ()
         expected = len(shape.branches) if shape.sequential else 1
@@ -160,18 +167,19 @@ class Run:
         if self.position < 0:
             self._locate()
             self._check_before_first_step()
-        self._follow_scale()
+        self._follow_scale(scope)
         if len(self.passes.calls) < expected:
             return call.defer()
-        self._guide()
+        self._guide(scope)
         for earlier in waiting:
             earlier.fill(self._answers["cond"])
         return self.passes.last.answer(self._answers)
 
-    def _guide(self) -> None:
+    def _guide(self, scope: Mapping[str, Any]) -> None:
         """The guided prediction of this step, from the calls of the pipeline."""
         assert self.passes is not None and self.shape is not None
         guidance, state, step = self.guidance, self.state, self._step()
+        self.step = step
         if step.index == len(self.report.steps):
             self.report.steps.append(StepRecord(step.index, step.nsr if step.grid else None))
         self._condition(step)
@@ -182,7 +190,10 @@ class Run:
         step.needed = guidance.needs(step, state)
         acts = guidance.acts(step, state)
         with guidance.during(step, state):
-            guidance.evaluate(step, state)
+            if self.joined and guidance.joins and {*step.needed} <= {*self.passes.last.branches}:
+                self.waiting = step.needed
+            else:
+                guidance.evaluate(step, state)
             guided = guidance.guide(step, state)
         if step.stage == 0:
             record = self.report.steps[-1]
@@ -191,11 +202,10 @@ class Run:
         if self.watch is not None:
             self.watch(step, guided)
         out = guided.out
-        rescale = _guidance_rescale(self.pipe, scope_of(self.pipe))
+        rescale = _guidance_rescale(self.pipe, scope)
         if len(self.passes.branches) > 1 and step.evaluated and rescale:
             out = match_std(out, step.cond.out, rescale)
         layout = self.shape.layout
-        self.step = step
         self.guided = (layout.sign * layout.pack(out)).to(self.passes.last.dtype)
 
     @property
@@ -211,12 +221,12 @@ class Run:
 
     def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's step, on the guided prediction and the latents of the strategy."""
-        given = inspect.signature(type(self.scheduler).step).bind(self.scheduler, *args, **kwargs)
+        given = self._signature.bind(self.scheduler, *args, **kwargs)
         output, latents = given.arguments["model_output"], given.arguments["sample"]
         assert self.shape is not None and self.passes is not None
         layout = self.shape.layout
         if self.guided is None:  # the pipeline left out its second branch in this step
-            self._guide()
+            self._guide(scope_of(self.pipe) or {})
         elif len(self.passes.branches) not in self.verified:
             self._verify(output)
         assert self.step is not None and self.guided is not None
@@ -300,9 +310,8 @@ class Run:
 
     # --- where we are ---------------------------------------------------------------------------
 
-    def _read_shape(self, network: Any, given: Arguments) -> Shape:
+    def _read_shape(self, network: Any, given: Arguments, scope: Mapping[str, Any]) -> Shape:
         """How the pipeline asks for its branches, from the first call of a run."""
-        scope = scope_of(self.pipe) or {}
         shape = Shape.read(self.pipe, network, scope, given)
         self._scale = next(iter(_scales(self.pipe, scope)), None)
         if self._scale is not None:
@@ -316,10 +325,10 @@ class Run:
         self._now = float(scope.get("t", torch.as_tensor(given.time).flatten()[0]))
         return shape
 
-    def _follow_scale(self) -> None:
+    def _follow_scale(self, scope: Mapping[str, Any]) -> None:
         """The pipeline's scale in this step, where it changes (Wan 2.2, Z-Image's truncation)."""
         assert self.shape is not None
-        scale = (scope_of(self.pipe) or {}).get("current_guidance_scale")
+        scale = scope.get("current_guidance_scale")
         if isinstance(scale, (int, float)) and "uncond" in self.shape.branches:
             self.moments[self._solver_step].guidance_scale = float(scale) + self.shape.offset
 
@@ -416,6 +425,10 @@ class Run:
         level, next_level = self._levels[self.position] if self._levels else (_UNKNOWN, _UNKNOWN)
         following = self.position + 1
         times = self.scheduler.timesteps
+
+        def only() -> slice | None:
+            return self.perturbed
+
         return Step(
             **vars(self.moments[self._solver_step]),
             stage=self._stages[self.position - self.first],
@@ -428,8 +441,10 @@ class Run:
             kind=self._kind,
             evaluate=functools.partial(self._evaluate_branch, level),
             conditions=self.passes.conditions,
-            attention=functools.partial(tapped, call.network, layout.grid, lambda: self.evaluating),
-            around=functools.partial(around, call.network),
+            attention=functools.partial(
+                tapped, call.network, layout.grid, lambda: self.evaluating, only=only
+            ),
+            around=functools.partial(around, call.network, only=only),
             rows=lambda branch, count: rows_of(self.evaluating, branch, count),
             encode=self._encode,
             warn=self._warn,
@@ -471,19 +486,59 @@ class Run:
         x: Tensor | None = None,
         timestep: Any = None,
         level: Level | None = None,
+        within: AbstractContextManager[None] | None = None,
         **changes: Any,
     ) -> Prediction:
         assert self.passes is not None
+        if self.waiting and x is None and timestep is None and {*changes} <= {"conditions"}:
+            if changes or within is not None:
+                return self._join(branch, within or nullcontext(), **changes)
+            if branch in self.waiting:
+                return self._evaluate_waiting()[branch]
         seen = self.passes.last.x if x is None else x
         rows = changes.get("rows")
         if x is None and rows is not None:
             seen = seen[list(rows)]
-        out = self._network(branch, x=x, timestep=timestep, **changes)
+        with within or nullcontext():
+            out = self._network(branch, x=x, timestep=timestep, **changes)
         return Prediction(out, seen, level or now, self._kind)
 
-    def _network(self, branch: Branch | None = None, **changes: Any) -> Tensor:
+    def _evaluate_waiting(self) -> dict[Branch, Prediction]:
+        """No further pass came first, or none that they could join."""
+        assert self.step is not None
+        self.waiting = ()
+        self.guidance.evaluate(self.step, self.state)
+        return self.step.evaluated
+
+    def _join(
+        self, branch: Branch, within: AbstractContextManager[None], **changes: Any
+    ) -> Prediction:
+        """A further pass of a branch, in one batch with the branches that wait for theirs."""
+        assert self.passes is not None and self.step is not None
+        call, branches, self.waiting = self.passes.last, (*self.waiting, branch), ()
+        starts = (call.branches.index(each) * call.batch for each in branches)
+        rows = [start + row for start in starts for row in range(call.batch)]
+        self.perturbed = slice(len(rows) - call.batch, len(rows))
+        try:
+            with within:
+                out = self._network(None, branches, rows=rows, **changes)
+        finally:
+            self.perturbed = None
+        *outs, further = [self.step.predict(out=part) for part in out.split(call.batch)]
+        self.step.evaluated.update(zip(branches, outs, strict=False))
+        return further
+
+    def _network(
+        self,
+        branch: Branch | None = None,
+        branches: tuple[Branch, ...] | None = None,
+        **changes: Any,
+    ) -> Tensor:
+        """Network output of a branch, or of all rows or some, which then are of `branches`."""
         assert self.passes is not None
-        self.evaluating = self.passes.last.branches if branch is None else (branch,)
+        if branches is None:
+            branches = self.passes.last.branches if branch is None else (branch,)
+        self.evaluating = branches
         out = self.passes.evaluate(branch, **changes)
         record = self.report.steps[-1]
         record.rows += out.shape[0]

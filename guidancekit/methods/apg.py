@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from .. import schedules
@@ -71,13 +72,13 @@ class APG(ClassifierFree):
         d = cond - step.uncond.x0
         if self.momentum:
             if step.stage == 0:
-                state.before = getattr(state, "sum", 0.0)
-            d = d + self.momentum * state.before
+                state.before = getattr(state, "sum", torch.zeros_like(d))
+            d = torch.add(d, state.before, alpha=self.momentum)
             if step.stage == 0:
                 state.sum = d
         d = cap(d, self._threshold(d))
-        d = d - (1 - self.eta) * parallel(d, onto=cond)
-        return step.predict(x0=cond + (w - 1) * d)
+        d = torch.sub(d, parallel(d, onto=cond), alpha=1 - self.eta)
+        return step.predict(x0=torch.add(cond, d, alpha=w - 1))
 
     def _threshold(self, d: Tensor) -> float:
         if self.norm_threshold is None:

@@ -41,6 +41,9 @@ class ManifoldProjectedCFG(ClassifierFree):
         "dit": Preset(
             {"scale": 2.0, "iterations": 2, "above": 0.4}, "LeonSuZhengYi/CFG-MP README, 10 steps"
         ),
+        "scenes": Preset(
+            {"anderson": False}, "ours: with Anderson mixing most pictures miss the prompt"
+        ),
     }
 
     def __init__(

@@ -59,4 +59,4 @@ class CFGZeroStar(ClassifierFree):
             return step.cfg(w)
         cond, uncond = step.cond.v, step.uncond.v
         uncond = uncond * (dot(cond, uncond) / (dot(uncond, uncond) + 1e-8))
-        return step.predict(v=uncond + w * (cond - uncond))
+        return step.predict(v=torch.lerp(uncond, cond, w))

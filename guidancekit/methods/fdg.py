@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -97,16 +98,17 @@ class FDG(Guidance):
         return step.predict(x0=cond + self._update(cond - uncond, scales, onto=cond))
 
     def _update(self, d: Tensor, scales: list[float], onto: Tensor | None = None) -> Tensor:
-        bands = pyramid(images(d), self.levels)
-        if onto is not None and self.parallel_weights is not None:
-            bands = [
-                band - (1 - weight) * parallel(band, onto=reference)
-                for band, reference, weight in zip(
-                    bands, pyramid(images(onto), self.levels), self.parallel_weights, strict=True
-                )
-            ]
-        guided = [(w - 1) * band for w, band in zip(scales, bands, strict=True)]
-        return collapse(guided).reshape(d.shape)
+        factors = [w - 1 for w in scales]
+        if onto is None or self.parallel_weights is None:
+            return rescaled(images(d), factors).reshape(d.shape)
+        bands = zip(*(pyramid(images(x), self.levels) for x in (d, onto)), strict=True)
+        kept = [
+            factor * torch.sub(band, parallel(band, onto=along), alpha=1 - weight)
+            for factor, weight, (band, along) in zip(
+                factors, self.parallel_weights, bands, strict=True
+            )
+        ]
+        return collapse(kept).reshape(d.shape)
 
 
 def images(x: Tensor) -> Tensor:
@@ -118,27 +120,40 @@ def images(x: Tensor) -> Tensor:
     return x.flatten(1, -3)
 
 
-def pyramid(x: Tensor, levels: int) -> list[Tensor]:
-    """Laplacian pyramid of [B, C, H, W], from high to low frequency; exact for any size >= 3."""
-    bands = []
+def smaller(x: Tensor, levels: int) -> list[Tensor]:
+    """[B, C, H, W], at half its size, at a quarter, ..."""
+    sizes = [x]
     for _ in range(levels - 1):
-        if min(x.shape[-2:]) < 3:
+        if min(sizes[-1].shape[-2:]) < 3:
             raise GuidanceError(
                 f"FDG(levels={levels}) is too deep for this latent: a band would be smaller than "
                 "3 x 3. Use fewer levels."
             )
-        smaller = down(x)
-        bands.append(x - up(smaller, x.shape[-2:]))
-        x = smaller
-    return [*bands, x]
+        sizes.append(down(sizes[-1]))
+    return sizes
+
+
+def pyramid(x: Tensor, levels: int) -> list[Tensor]:
+    """Laplacian pyramid of [B, C, H, W], from high to low frequency; exact for any size >= 3."""
+    sizes = smaller(x, levels)
+    return [*(fine - up(coarse, fine.shape[-2:]) for fine, coarse in pairwise(sizes)), sizes[-1]]
 
 
 def collapse(bands: list[Tensor]) -> Tensor:
     """Undo `pyramid`."""
     x = bands[-1]
     for band in reversed(bands[:-1]):
-        x = up(x, band.shape[-2:]) + band
+        x = up(x, band.shape[-2:]).add_(band)
     return x
+
+
+def rescaled(x: Tensor, factors: list[float]) -> Tensor:
+    """`collapse` of the bands of `x`, each times its factor; being linear, it needs no bands."""
+    sizes = smaller(x, len(factors))
+    result = factors[-1] * sizes[-1]
+    for factor, (fine, coarse) in reversed([*zip(factors, pairwise(sizes), strict=False)]):
+        result = up(result.sub_(coarse, alpha=factor), fine.shape[-2:]).add_(fine, alpha=factor)
+    return result
 
 
 def down(x: Tensor) -> Tensor:
@@ -154,7 +169,6 @@ def up(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def blur(x: Tensor) -> Tensor:
     """The binomial 5 x 5 kernel [1, 4, 6, 4, 1] / 16, per channel, with reflected borders."""
-    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=x.device, dtype=x.dtype) / 16
-    kernel = row.expand(x.shape[1], 1, 1, 5)
-    x = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
-    return F.conv2d(x, kernel.transpose(-1, -2), groups=x.shape[1])
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    kernel = torch.outer(row, row).to(x, non_blocking=True).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])

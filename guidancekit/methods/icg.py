@@ -39,6 +39,7 @@ class ICG(WeakBranch):
     """
 
     name = "icg"
+    joins = True
     paper = "arXiv:2407.02687"
     presets = {
         "sd21": Preset({"scale": 3.0}, f"{_TABLE}: Stable Diffusion, with random tokens there"),

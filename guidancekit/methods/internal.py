@@ -42,7 +42,9 @@ class InternalGuidance(Guidance):
             {"scale": 1.4, "cfg": Interval(1.35, 0.0, 7 / 3)}, f"{_CODE} gen.sh, 250 SDE steps"
         ),
         "lightningdit-xl": Preset({"scale": 1.7, "cfg": 1.0}, f"{_CODE} config, FID 1.34"),
-        "scenes": Preset({"head": "scenes:head"}, "ours: on the last down block; w not tuned"),
+        "scenes": Preset(
+            {"scale": 1.2, "head": "scenes:head"}, "ours: on the last down block; 1.4 is too far"
+        ),
     }
 
     def __init__(

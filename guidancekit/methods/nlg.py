@@ -39,7 +39,8 @@ class NLG(Companion):
         "sd21": Preset(
             {"refinements": 20, "step_size": 1.0, "clip": 0.5, "noise": 0.001},
             "official code: SD 2.1 notebook, 20 DPM++ steps",
-        )
+        ),
+        "scenes": Preset({"refinements": 5}, "ours: with 20, objects go missing now and then"),
     }
 
     def __init__(

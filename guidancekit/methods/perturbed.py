@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from ..engine.layers import Attend, Place
@@ -23,6 +24,7 @@ class PerturbedGuidance(Guidance):
     Subclasses name the `layers` and say in `perturb` what happens to their attention.
     """
 
+    joins = True
     scale: float
     layers: str
 
@@ -39,9 +41,8 @@ class PerturbedGuidance(Guidance):
     def guide(self, step: Step, state: State) -> Prediction:
         if self.neutral(step):
             return step.cond
-        with self.perturbation(step):
-            perturbed = step.evaluate("cond")
-        return step.predict(out=step.cond.out + self.scale * (step.cond.out - perturbed.out))
+        perturbed = step.evaluate("cond", within=self.perturbation(step))
+        return step.predict(out=torch.lerp(perturbed.out, step.cond.out, 1 + self.scale))
 
     def perturbation(self, step: Step) -> AbstractContextManager[None]:
         """The context in which the network is perturbed."""

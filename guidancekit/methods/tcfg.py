@@ -40,7 +40,7 @@ class TCFG(ClassifierFree):
             return step.cond
         cond, uncond = step.cond.out, step.uncond.out
         shared = parallel(uncond, onto=dominant(cond, uncond))
-        return step.predict(out=shared + w * (cond - shared))
+        return step.predict(out=torch.lerp(shared, cond, w))
 
 
 def dominant(a: Tensor, b: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ _NAMES = (
 )
 
 
+_TABLE = "arXiv:2407.02687 Table 11"
+
+
 class TSG(WeakBranch):
     """Time-step guidance: away from a network that is unsure of the time, arXiv:2407.02687 Alg. 2.
 
@@ -46,17 +49,22 @@ class TSG(WeakBranch):
     """
 
     name = "tsg"
+    joins = True
     paper = "arXiv:2407.02687"
     presets = {
         family: Preset(
-            dict(zip(("scale", "low", "high", "strength", "power"), values, strict=True)),
-            f"arXiv:2407.02687 Table 11, {note}",
+            dict(zip(("scale", "low", "high", "strength", "power"), values, strict=True)), source
         )
-        for family, values, note in (
-            ("sd21", (4.0, 400.0, 1000.0, 3.0, 0.25), "version inferred from its Table 8"),
-            ("sd21-unconditional", (3.0, 100.0, 900.0, 1.25, 0.0), "empty prompts"),
-            ("dit", (2.5, 0.0, 1000.0, 2.0, 1.0), "there in the first layers only"),
-            ("dit-unconditional", (5.0, 200.0, 800.0, 1.0, 0.0), "there in the first layers only"),
+        for family, values, source in (
+            (
+                "sd21",
+                (4.0, 400.0, 1000.0, 3.0, 0.25),
+                f"{_TABLE}, version inferred from its Table 8",
+            ),
+            ("sd21-unconditional", (3.0, 100.0, 900.0, 1.25, 0.0), f"{_TABLE}, empty prompts"),
+            ("dit", (2.5, 0.0, 1000.0, 2.0, 1.0), f"{_TABLE}, in the first layers only"),
+            ("dit-unconditional", (5.0, 200.0, 800.0, 1.0, 0.0), f"{_TABLE}, first layers only"),
+            ("scenes", (2.0, 100.0, 900.0, 1.25, 0.0), "ours: sd21's without a prompt, at w = 2"),
         )
     }
 
@@ -104,8 +112,8 @@ class TSG(WeakBranch):
                 state.noise = state.draw(e)
             return (e + size * std(e) * state.noise).to(given.dtype)
 
-        with step.around(is_time_embedding, perturbed, what=_MISSING):
-            return step.evaluate("cond")
+        within = step.around(is_time_embedding, perturbed, what=_MISSING)
+        return step.evaluate("cond", within=within)
 
 
 def is_time_embedding(name: str, module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..guidance import Guidance, State
@@ -36,8 +37,8 @@ class WeakBranch(Guidance):
         if not self.acts(step, state):
             return step.cond
         w = scale_at(self.scale, step)
-        cond, weak = step.cond.out, self.weak(step, state).out
-        return step.predict(out=weak + w * (cond - weak))
+        weak, cond = self.weak(step, state).out, step.cond.out
+        return step.predict(out=torch.lerp(weak, cond, w))
 
     def weak(self, step: Step, state: State) -> Prediction:
         """The weaker prediction, of the network's own kind."""

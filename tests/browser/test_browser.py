@@ -12,9 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-import guidancekit.app
 from guidancekit import APG
-from guidancekit.app.studio import Studio
 from guidancekit.recipe import read_recipe
 from guidancekit.registry import parse
 
@@ -31,15 +29,6 @@ def browser():
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="session")
-def url():
-    app = guidancekit.app.build(Studio())
-    app.queue(max_size=64)
-    _, url, _ = app.launch(prevent_thread_lock=True, quiet=True, **guidancekit.app.OPTIONS)
-    yield url
-    app.close()
 
 
 @pytest.fixture

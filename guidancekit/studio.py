@@ -1,4 +1,4 @@
-"""What the app does, without its looks: models, comparisons, grids and trajectories as plain data.
+"""Comparisons, grids and trajectories as plain data: what the app and `guidancekit grid` do.
 
 Every method takes recipes and tells through a callback how far it is; nothing here knows Gradio.
 """
@@ -15,19 +15,19 @@ from typing import Any
 
 from PIL import Image
 
-from .. import bundled
-from ..axes import Sheet
-from ..describe import evaluations
-from ..errors import GuidanceError
-from ..generate import Picture, run, scale_name, warm_up
-from ..grid import Label, draw_grid
-from ..guidance import Guidance
-from ..loading import choose_device, choose_dtype, default_scale, load_pipeline, make_scheduler
-from ..measures import distance, saturation
-from ..recipe import Recipe
-from ..registry import parse, quoted
-from ..step import Prediction, Step
-from ..trace import Trace, TracePoint
+from . import bundled
+from .axes import Sheet
+from .describe import evaluations
+from .errors import GuidanceError
+from .generate import Picture, run, scale_name, warm_up
+from .grid import Label, draw_grid
+from .guidance import Guidance
+from .loading import choose_device, choose_dtype, default_scale, load_pipeline, make_scheduler
+from .measures import distance, saturation
+from .recipe import Recipe
+from .registry import parse, quoted
+from .step import Prediction, Step
+from .trace import Trace, TracePoint
 
 EVERY = 0.15  # seconds between two previews: more would slow a fast model down
 
