@@ -130,6 +130,11 @@ class Sheet:
         """Every (row, column), in the order in which they are drawn."""
         return [(r, c) for r, row in enumerate(self.recipes) for c in range(len(row))]
 
+    @property
+    def asked(self) -> list[Recipe]:
+        """The recipes of all cells."""
+        return [recipe for row in self.recipes for recipe in row]
+
     def layout(self) -> Layout:
         """The labelled grid; unfinished cells are empty."""
         corner = [f"{self.base.steps} steps"] if "steps" not in self._varied else []

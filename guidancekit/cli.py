@@ -277,8 +277,8 @@ def draw_sheet(options: argparse.Namespace) -> int:
     _quiet_libraries()
     studio = Studio(base.model, device)
     _note(f"loading {base.model} ...")
-    studio.load(base.model)
-    _note(str(studio.cost([sheet.recipes[r][c] for r, c in sheet.cells])))
+    studio.load(base.model, base.dtype)
+    _note(str(studio.cost(sheet.asked)))
     try:
         with _progress(len(sheet.cells)) as advance:
             studio.fill(sheet, lambda told: advance() if told is sheet else None)

@@ -53,6 +53,8 @@ class Guidance(PipelineCallback):
     """What it asks of the scheduler's step; schedulers that do not give it are refused."""
     evaluates: ClassVar[tuple[Branch, ...]] = ()
     """Branches that it evaluates by itself, at other points than those of `needs`."""
+    joins: ClassVar[bool] = False
+    """Whether its further pass, asked for before `step.cond`, may join the pass of the branches."""
 
     @register_to_config
     def __init__(self) -> None:
@@ -62,9 +64,6 @@ class Guidance(PipelineCallback):
         super().__init_subclass__()
         if "__init__" in vars(cls):
             cls.__init__ = register_to_config(cls.__init__)  # type: ignore[method-assign]
-
-    joins: ClassVar[bool] = False
-    """Whether its further pass, asked for before `step.cond`, may join the pass of the branches."""
 
     # --- what a strategy implements -------------------------------------------------------------
 

@@ -102,38 +102,38 @@ class Studio:
         self.models = list(dict.fromkeys((self.model, *bundled.MODELS)))
         self._lock = threading.Lock()
         self._pipe: Any = None
-        self._loaded: str | None = None
+        self._loaded: tuple[str, str] | None = None
         self._scheduler: Any = None
 
     # --- models ---------------------------------------------------------------------------------
 
-    def load(self, model: str) -> None:
+    def load(self, model: str, dtype: str | None = None) -> None:
         """Have `model` in memory; what cannot be loaded leaves the one before in its place."""
+        assert self.device is not None
         with self._lock:
-            self._load(model)
+            self._load(model, dtype or choose_dtype(model, self.device))
 
-    def _load(self, model: str) -> None:
-        if model == self._loaded:
+    def _load(self, model: str, dtype: str) -> None:
+        if (model, dtype) == self._loaded:
             return
         if self.public and model not in self.models:
             raise GuidanceError(
                 f"model: found {model!r}, expected one of {', '.join(self.models)}: this app is "
                 "open to others, so it loads no further models."
             )
-        assert self.device is not None
-        recipe = Recipe(prompt="-", model=model, dtype=choose_dtype(model, self.device))
+        recipe = Recipe(prompt="-", model=model, dtype=dtype)
         pipe = load_pipeline(recipe, self.device)
         started = time.perf_counter()
         warm_up(pipe, recipe)
         rows = 4  # two steps of two branches
         self.seconds_per_row.setdefault(model, (time.perf_counter() - started) / rows)
-        self._pipe, self._loaded, self._scheduler = pipe, model, pipe.scheduler
+        self._pipe, self._loaded, self._scheduler = pipe, (model, dtype), pipe.scheduler
         if model not in self.models:
             self.models.append(model)
 
     def _ready(self, recipe: Recipe) -> Any:
         """The pipeline for a recipe, with its scheduler."""
-        self._load(recipe.model)
+        self._load(recipe.model, recipe.dtype)
         pipe = self._pipe
         name = recipe.scheduler
         pipe.scheduler = self._scheduler if name is None else make_scheduler(name, self._scheduler)

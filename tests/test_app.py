@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from PIL import Image
 
@@ -508,3 +509,13 @@ def test_the_command_says_what_is_wrong(url, capsys):
     port = url.rstrip("/").rpartition(":")[2]
     assert main(["app", "--port", port]) == 2
     assert "cannot serve the app" in capsys.readouterr().err
+
+
+def test_a_recipe_runs_in_its_own_dtype(tiny_folder):
+    studio = Studio(tiny_folder)
+    first = recipe(studio, model=tiny_folder)
+    half = replace(first, dtype="bfloat16")
+    studio.compare([half], ignore)
+    assert studio._pipe.unet.dtype == torch.bfloat16
+    studio.compare([first], ignore)
+    assert studio._pipe.unet.dtype == torch.float32

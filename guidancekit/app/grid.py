@@ -143,7 +143,7 @@ class Grid:
         if cells > checks.MAX_CELLS:
             raise GuidanceError(f"found {cells} cells, expected up to {checks.MAX_CELLS}.")
         sheet = Sheet(self.settings.recipe(guidance, *settings), x, y, numbers)
-        for recipe in (each for row in sheet.recipes for each in row):
+        for recipe in sheet.asked:
             checks.whole("steps", recipe.steps, 1, checks.MAX_STEPS)
             checks.text("prompt", recipe.prompt, checks.MAX_PROMPT)
             self.studio.allow(recipe.guidance)
@@ -157,7 +157,7 @@ class Grid:
         return show.status(f"This will be {self._cost(sheet)}.")
 
     def _cost(self, sheet: Sheet) -> str:
-        return str(self.studio.cost([each for row in sheet.recipes for each in row]))
+        return str(self.studio.cost(sheet.asked))
 
     def _run(self, *values: Any) -> Iterator[dict[Any, Any]]:
         sheet, job = self._read(*values), Job()
