@@ -52,6 +52,7 @@ CHECK_COUNT = 512
 EMPTY = 0.1  # captions replaced by "": what classifier-free guidance extrapolates from
 POOL = 80_000  # scenes to learn from
 UNIFORM = 0.2  # of the flow model's noise levels, see `FlowDenoising`
+RELATED = 0.3  # of the captions of two things name the relation, see `Denoising.tokens`
 UNKNOWN = 0.01  # words replaced by the unknown token, so that it has a meaning
 BATCH = 96  # for the denoisers, over all processes
 
@@ -259,9 +260,14 @@ class Denoising:
         return self.latents[chosen].float().contiguous(memory_format=torch.channels_last)
 
     def tokens(self, chosen: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """Captions of scenes as token numbers, some of them empty, some words unknown."""
+        """Captions of scenes as token numbers, some of them empty, some words unknown.
+
+        Most are silent on the relation. Such a caption leaves it to the picture which thing goes
+        where, and is the hardest to learn: the two ends of the picture have to agree.
+        """
         texts = [
-            caption(self.scenes[i], rng, "train") if rng.random() >= EMPTY else "" for i in chosen
+            caption(self.scenes[i], rng, "train", RELATED) if rng.random() >= EMPTY else ""
+            for i in chosen
         ]
         ids = self.words(texts, padding="max_length", return_tensors="pt").input_ids
         unknown = self.words.unk_token_id

@@ -120,15 +120,18 @@ def held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 16 == 0
 
 
-def caption(scene: Scene, rng: np.random.Generator, split: str | None = None) -> str:
+def caption(
+    scene: Scene, rng: np.random.Generator, split: str | None = None, related: float = 0.75
+) -> str:
     """A caption that names a random subset of a scene's attributes.
 
-    How much is named varies from caption to caption, from the bare nouns to everything. `split`
-    "train" draws until the caption is not held out, "held-out" until it is; None takes any.
-    Raises ValueError for a scene none of whose captions is in the split, as far as 500 draws tell.
+    How much is named varies from caption to caption, from the bare nouns to everything; `related`
+    is the chance that the relation of two things is. `split` "train" draws until the caption is not
+    held out, "held-out" until it is; None takes any. Raises ValueError for a scene none of whose
+    captions is in the split, as far as 500 draws tell.
     """
     for _ in range(500):
-        text = _describe(scene, rng)
+        text = _describe(scene, rng, related)
         if split is None or held_out(text) == (split == "held-out"):
             return text
     raise ValueError(f"found no {split} caption for {write(scene)!r}: take another scene.")
@@ -140,7 +143,7 @@ def write(scene: Scene) -> str:
     return f"{text} on a {scene.background} background" if scene.background else text
 
 
-def _describe(scene: Scene, rng: np.random.Generator) -> str:
+def _describe(scene: Scene, rng: np.random.Generator, related: float) -> str:
     detail = rng.random()  # the chance of naming each optional attribute of this caption
 
     def keep(value: str | None, chance: float = detail) -> str | None:
@@ -155,7 +158,7 @@ def _describe(scene: Scene, rng: np.random.Generator) -> str:
         )
         for thing in scene.objects
     )
-    relation = keep(scene.relation, 0.75)
+    relation = keep(scene.relation, related)
     if len(objects) == 2 and relation is None and rng.random() < 0.5:
         objects = objects[::-1]  # "a star and a ring" promises no order
     return write(Scene(objects, relation, keep(scene.background)))
