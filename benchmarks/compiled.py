@@ -2,7 +2,9 @@
 
 The network is compiled in place with a backend that counts graphs and runs them as they are, so no
 C++ compiler is needed. After the second step of a run nothing may be compiled any more, but
-where a method needs another number of rows for the first time (adaptive guidance, when it stops).
+where a method needs another number of rows for the first time: adaptive guidance when it stops,
+GFCG when it leaves off being CFG.
+On a GPU the architectures are shrunk, because only their layers count here and not their sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from guidancekit import Guidance, GuidanceError
 
 from .models import Subject
-from .report import about, table
+from .report import refused, table
 
 
 def graphs(subject: Subject, guidance: Guidance | None, steps: int) -> list[int]:
@@ -55,8 +57,8 @@ def section(subject: Subject, methods: Mapping[str, Guidance], steps: int) -> st
         try:
             found = graphs(subject, guidance, steps)
         except GuidanceError as error:
-            lines.append([name, f"refused: {error}"[:80], "", ""])
+            lines.append([name, refused(error), "", ""])
             continue
         lines.append([name, str(found[0]), str(found[1]), str(found[-1] - found[1])])
     head = ("method", "graphs after step 1", "after step 2", "compiled later")
-    return f"{about(__doc__)}\n\n{subject.name}, {steps} steps:\n\n{table(head, lines)}"
+    return f"{subject.name}, {steps} steps:\n\n{table(head, lines)}"

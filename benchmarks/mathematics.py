@@ -35,8 +35,8 @@ from guidancekit.methods.mambo import MAMBOG
 from guidancekit.step import Branch, Kind, Prediction, Step
 from tests.steps import make_step, random_triple
 
-from .report import about, table
-from .timing import interleaved
+from .report import table
+from .timing import Effort, interleaved
 
 SHAPES: dict[tuple[int, ...], Kind] = {
     (4, 64, 64): "epsilon",
@@ -115,18 +115,18 @@ CASES = {
 }
 
 
-def section(device: torch.device, rounds: int = 15) -> str:
+def section(device: torch.device, effort: Effort) -> str:
     """The tables, one per shape of latents."""
     assert device.type == "cpu"
-    parts = [about(__doc__)]
+    parts = []
     for shape, kind in SHAPES.items():
-        rows = [_row(name, case, shape, kind, rounds) for name, case in CASES.items()]
+        rows = [_row(name, case, shape, kind, effort) for name, case in CASES.items()]
         head = ("method", "ours, µs", "Diffusers', µs", "ours / theirs", "ours, MB", "theirs, MB")
         parts.append(f"**{' x '.join(map(str, shape))}**, {kind}:\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
-def _row(name: str, case: Case, shape: tuple[int, ...], kind: Kind, rounds: int) -> list[str]:
+def _row(name: str, case: Case, shape: tuple[int, ...], kind: Kind, effort: Effort) -> list[str]:
     clean = random_triple(1, *shape)
     step = make_step(*clean, case.kind or kind)
     outputs = {branch: step.evaluated[branch].out for branch in ("cond", "uncond")}
@@ -136,10 +136,10 @@ def _row(name: str, case: Case, shape: tuple[int, ...], kind: Kind, rounds: int)
         their = of_theirs(case, outputs)
         their()
     except Exception as error:  # which kinds of latents a guider takes is part of the answer
-        times = interleaved({"ours": ours}, rounds, torch.device("cpu"))
+        times = interleaved({"ours": ours}, effort, torch.device("cpu"))
         reason = f"{type(error).__name__}: not for {len(shape)} dimensions"
         return [*cells, f"{1e6 * times['ours'].median:.0f}", reason, "", megabytes(ours), ""]
-    times = interleaved({"ours": ours, "theirs": their}, rounds, torch.device("cpu"))
+    times = interleaved({"ours": ours, "theirs": their}, effort, torch.device("cpu"))
     cells += [f"{1e6 * times[side].median:.0f}" for side in ("ours", "theirs")]
     return [*cells, str(times["ours"].over(times["theirs"])), megabytes(ours), megabytes(their)]
 

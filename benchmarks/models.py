@@ -34,13 +34,17 @@ Conditions = dict[str, torch.Tensor]
 
 @dataclass
 class Subject:
-    """A pipeline and how it is called for `batch` pictures."""
+    """A pipeline and how it is called for `batch` pictures.
+
+    `heavy`: a step takes so long that few methods and `steps` must do.
+    """
 
     name: str
     pipe: Any
     batch: int
     given: Callable[[int], dict[str, Any]]
     options: dict[str, Any] = field(default_factory=dict)
+    heavy: bool = False
 
     @property
     def network(self) -> Any:
@@ -172,6 +176,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[bool], tuple[Any, Any]], dict[str, Any]
         {"height": 480, "width": 832, "num_frames": 81, "guidance_scale": 5.0},
     ),
 }
+HEAVY = {"Flux dev, 1024 px, true CFG", "Wan 1.3B, 832 x 480, 81 frames"}
 _TINY = {"height": 64, "width": 64, "num_frames": 5}
 
 
@@ -202,4 +207,6 @@ def full_size(name: str, batch: int, device: torch.device, tiny: bool = False) -
                 made[prefix + key] = text.to(device, dtype)
         return made
 
-    return Subject(name, pipe, batch, given, dict(options))
+    return Subject(
+        f"{name}, shrunk" if tiny else name, pipe, batch, given, dict(options), name in HEAVY
+    )

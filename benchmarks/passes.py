@@ -2,7 +2,8 @@
 
 The rows are the same; joined, the network is called less often on larger batches, for more memory
 at once. Peak memory is what tensors occupy beyond the model's own at the worst moment of a step:
-PyTorch's own count on a GPU, its profiler's on a CPU.
+PyTorch's own count on a GPU, its profiler's on a CPU. Pipelines that call their network once per
+branch (Flux, Wan) have no batch to join: there both are the same.
 """
 
 from __future__ import annotations
@@ -15,38 +16,45 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from guidancekit import CFG, ICG, PAG, SEG, SLG, TSG, Guidance
+from guidancekit import CFG, ICG, PAG, SEG, SLG, TSG, Guidance, GuidanceError
 
 from .models import Subject
-from .report import about, table
-from .timing import interleaved
+from .report import refused, table
+from .timing import Effort, interleaved
 
 
-def methods(layers: str = "mid") -> dict[str, Guidance]:
-    return {
-        "CFG + PAG": CFG() + PAG(layers=layers),
-        "CFG + SEG": CFG() + SEG(layers=layers),
-        "CFG + SLG": CFG() + SLG(layers=layers, start=0.0, end=1.0),
-        "ICG": ICG(3.0),
-        "CFG + ICG": CFG() + ICG(3.0),
-        "TSG": TSG(low=0.0),
-        "CFG + TSG": CFG() + TSG(low=0.0),
-    }
+def methods(few: bool) -> dict[str, Guidance]:
+    pag, icg, tsg = PAG(layers="mid"), ICG(3.0), TSG(low=0.0)
+    found = {"CFG + PAG": CFG() + pag, "ICG": icg, "CFG + TSG": CFG() + tsg}
+    return found | (
+        {}
+        if few
+        else {
+            "CFG + SEG": CFG() + SEG(layers="mid"),
+            "CFG + SLG": CFG() + SLG(layers="mid", start=0.0, end=1.0),
+            "CFG + ICG": CFG() + icg,
+            "TSG": tsg,
+        }
+    )
 
 
-def section(subjects: list[Subject], steps: int, rounds: int) -> str:
+def section(subjects: list[Subject], steps: int, effort: Effort) -> str:
     """A table per subject."""
-    return "\n\n".join([about(__doc__), *(_table(each, steps, rounds) for each in subjects)])
+    return "\n\n".join(_table(each, steps, effort) for each in subjects)
 
 
-def _table(subject: Subject, steps: int, rounds: int) -> str:
+def _table(subject: Subject, steps: int, effort: Effort) -> str:
     lines = []
-    for name, guidance in methods().items():
+    for name, guidance in methods(subject.heavy).items():
         calls = {
             joined: functools.partial(_draw, subject, guidance, joined == "joined", steps)
             for joined in ("joined", "apart")
         }
-        times = interleaved(calls, rounds, subject.device)
+        try:
+            times = interleaved(calls, effort, subject.device)
+        except GuidanceError as error:
+            lines.append([name, refused(error), "", ""])
+            continue
         peaks = [f"{peak(call, subject.device) / 2**20:.1f}" for call in calls.values()]
         lines.append([name, str(times["joined"].over(times["apart"])), *peaks])
     head = ("method", "time, joined / apart", "peak joined, MiB", "peak apart, MiB")

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def refused(error: Exception) -> str:
+    """The first sentence of an error, for a cell."""
+    text = " ".join(str(error).split()).replace("|", "/")
+    return f"refused: {text.partition('. ')[0][:100]}"
+
+
 def about(doc: str | None) -> str:
     """What a module's docstring says below its first line."""
     return (doc or "").partition("\n")[2].strip()
@@ -43,21 +50,38 @@ def circumstances(device: torch.device, command: str) -> str:
         "graphics": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
         "versions": ", ".join(f"{name} {_version(name)}" for name in packages),
         "Python": f"{platform.python_version()}, {platform.system()}",
-        "date": datetime.date.today().isoformat(),
-        "load": f"{os.getloadavg()[0]:.1f} processes at the end",
-        "command": f"`{command}`",
+        "command": f"`{command}`, the latest",
     }
     return table(("", ""), [list(row) for row in rows.items()]).replace("---:", "---")
 
 
-def write(path: Path, found: Mapping[str, str], titles: Mapping[str, str]) -> None:
-    """Put sections, by key such as "cpu overhead", in their places; others stay as they are."""
+def when() -> str:
+    """When something was measured, and how busy the machine was."""
+    load = os.getloadavg()[0]
+    return f"Measured on {datetime.date.today().isoformat()}, {load:.1f} processes at the end."
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A heading, what stands below it, and the tables, by key, with headings of their own or ""."""
+
+    heading: str
+    intro: str
+    tables: Mapping[str, str]
+
+
+def write(path: Path, found: Mapping[str, str], chapters: Iterable[Chapter]) -> None:
+    """Put tables, by key such as "cpu overhead", in their places; others stay as they are."""
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     parts = [_START]
-    for key, title in titles.items():
-        known = re.search(rf"<!-- {re.escape(key)} -->\n(.*?)\n<!-- / -->", old, re.DOTALL)
-        body = found.get(key) or (known[1] if known else MISSING)
-        parts.append(f"## {title}\n\n<!-- {key} -->\n{body}\n<!-- / -->\n")
+    for chapter in chapters:
+        parts.append(f"## {chapter.heading}\n")
+        parts += [f"{chapter.intro}\n"] if chapter.intro else []
+        for key, heading in chapter.tables.items():
+            known = re.search(rf"<!-- {re.escape(key)} -->\n(.*?)\n<!-- / -->", old, re.DOTALL)
+            body = found.get(key) or (known[1] if known else MISSING)
+            parts += [f"### {heading}\n"] if heading else []
+            parts.append(f"<!-- {key} -->\n{body}\n<!-- / -->\n")
     path.write_text("\n".join(parts), encoding="utf-8")
 
 

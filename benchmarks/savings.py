@@ -12,8 +12,8 @@ import functools
 from guidancekit import CFG, AdaptiveGuidance, Guidance, Interval, LinearAG, PerStep
 
 from .models import Subject
-from .report import about, table
-from .timing import interleaved
+from .report import table
+from .timing import Effort, interleaved
 
 
 def methods(steps: int, bundled: bool) -> dict[str, Guidance]:
@@ -29,7 +29,7 @@ def methods(steps: int, bundled: bool) -> dict[str, Guidance]:
     return found | ({"LinearAG": LinearAG.preset("scenes")} if bundled else {})
 
 
-def section(subject: Subject, steps: int, rounds: int, bundled: bool = True) -> str:
+def section(subject: Subject, steps: int, effort: Effort, bundled: bool = True) -> str:
     """A row per method."""
     each = methods(steps, bundled)
     rows: dict[str, int] = {}
@@ -40,11 +40,11 @@ def section(subject: Subject, steps: int, rounds: int, bundled: bool = True) -> 
             rows[name] = guidance.report().rows
 
     calls = {name: functools.partial(draw, name) for name in each}
-    times = interleaved(calls, rounds, subject.device)
+    times = interleaved(calls, effort, subject.device)
     lines = []
     for name in each:
         promised, found = rows[name] / rows["CFG"], times[name].over(times["CFG"])
         off = f"{100 * (found.median / promised - 1):+.1f} %"
         lines.append([name, str(rows[name]), f"{promised:.3f}", str(found), off])
     head = ("method", "rows", "rows / CFG's", "time / CFG's", "off by")
-    return f"{about(__doc__)}\n\n{subject.name}, {steps} steps:\n\n{table(head, lines)}"
+    return f"{subject.name}, {steps} steps:\n\n{table(head, lines)}"

@@ -7,8 +7,6 @@ at the size of SD 1.5.
 
 from __future__ import annotations
 
-import torch
-
 from guidancekit import (
     APG,
     CFG,
@@ -22,8 +20,8 @@ from guidancekit import (
 )
 
 from .models import Subject
-from .report import about, table
-from .timing import interleaved
+from .report import table
+from .timing import Effort, interleaved
 
 
 def methods() -> list[Guidance]:
@@ -40,7 +38,7 @@ def methods() -> list[Guidance]:
     ]
 
 
-def section(subjects: list[Subject], steps: int, rounds: int) -> str:
+def section(subjects: list[Subject], steps: int, effort: Effort) -> str:
     """A row per subject."""
     lines = []
     for subject in subjects:
@@ -58,8 +56,8 @@ def section(subjects: list[Subject], steps: int, rounds: int) -> str:
                 with guidance.attach(subject.pipe):
                     subject.draw(steps, batch=1)
 
-        times = interleaved({"once": once, "apart": apart}, rounds, torch.device(subject.device))
+        times = interleaved({"once": once, "apart": apart}, effort, subject.device)
         seconds = [f"{times[name].median:.3f}" for name in ("once", "apart")]
         lines.append([subject.name, *seconds, str(times["apart"].over(times["once"]))])
     head = ("model", "one call, s", "eight calls, s", "times as fast")
-    return f"{about(__doc__)}\n\n{table(head, lines)}"
+    return table(head, lines)

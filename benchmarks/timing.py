@@ -6,14 +6,29 @@ rounds of time / time within the round; "±" is half the distance between the qu
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 _SHORTEST = 2e-3  # seconds in one sample of a short contestant
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many rounds to measure, or as many as begin within `seconds`; two at least, or one."""
+
+    rounds: int
+    seconds: float = math.inf
+
+    def __iter__(self) -> Iterator[int]:
+        start = time.perf_counter()
+        for i in range(self.rounds):
+            if i < 2 or time.perf_counter() - start < self.seconds:
+                yield i
 
 
 @dataclass
@@ -50,7 +65,7 @@ class Ratio:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+    contestants: Mapping[str, Callable[[], object]], effort: Effort, device: torch.device
 ) -> dict[str, Times]:
     """Time each contestant once per round, after two calls that are not counted.
 
@@ -63,7 +78,7 @@ def interleaved(
         often[name] = max(1, round(_SHORTEST / max(_seconds(call, 1, device), 1e-7)))
     times = {name: Times() for name in contestants}
     order = [*contestants]
-    for _ in range(rounds):
+    for _ in effort:
         for name in order:
             times[name].rounds.append(_seconds(contestants[name], often[name], device))
         order = [*order[1:], order[0]]

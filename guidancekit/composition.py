@@ -131,11 +131,21 @@ class Share:
     """The part of one strategy in a step of `SideBySide`."""
 
     index: int
-    rows: list[int]
+    rows: range
     term: Guidance
     step: Step
     state: State
     guided: Prediction | None = None
+
+    @property
+    def own(self) -> slice:
+        """Its rows of a tensor [B, ...]: a view, for which no device is waited."""
+        return part(self.rows)
+
+
+def part(rows: range) -> slice:
+    """Rows as an index of tensors."""
+    return slice(rows.start, rows.stop, rows.step)
 
 
 class SideBySide(Several):
@@ -173,12 +183,12 @@ class SideBySide(Several):
     ) -> dict[str, Tensor]:
         altered: dict[str, Tensor] = {}
         for each in self._shares(step, state):
-            shown = {name: tensor[each.rows] for name, tensor in given.items()}
+            shown = {name: tensor[each.own] for name, tensor in given.items()}
             result = each.term.condition(each.step, branch, shown, each.state)
             for name, tensor in given.items():
                 if result[name] is not shown[name]:
                     whole = altered.setdefault(name, tensor.clone())
-                    whole[each.rows] = result[name].to(tensor.dtype)
+                    whole[each.own] = result[name].to(tensor.dtype)
         return {**given, **altered} if altered else given
 
     def before_step(self, step: Step, state: State) -> Tensor:
@@ -188,25 +198,26 @@ class SideBySide(Several):
             each.step.x = each.term.before_step(each.step, each.state)
             if each.step.x is not before:
                 x = x.clone() if x is step.x else x
-                x[each.rows] = each.step.x
+                x[each.own] = each.step.x
         return x
 
     def evaluate(self, step: Step, state: State) -> None:
         """One pass for the rows of all strategies that do not reach into the network."""
-        shares = self._shares(step, state)
-        wanted: dict[Branch, list[int]] = {}
-        for each in shares:
+        sharing: dict[Branch, list[Share]] = {}
+        for each in self._shares(step, state):
             each.step.needed = each.term.needs(each.step, each.state)
             for branch in () if each.term.inside else each.step.needed:
-                wanted.setdefault(branch, []).extend(each.rows)
+                sharing.setdefault(branch, []).append(each)
                 self.evaluations[each.index] += len(each.rows)
+        wanted: dict[Branch, list[int]] = {
+            branch: sorted(row for each in shares for row in each.rows)
+            for branch, shares in sharing.items()
+        }
         found = step.gather(wanted) if wanted else {}
         for branch, out in found.items():
-            position = {row: i for i, row in enumerate(wanted[branch])}
-            for each in shares:
-                if branch in each.step.needed and not each.term.inside:
-                    own = out[[position[row] for row in each.rows]]
-                    each.step.evaluated[branch] = each.step.predict(out=own)
+            shares = sharing[branch]
+            for i, each in enumerate(shares):  # who take turns, prompt by prompt
+                each.step.evaluated[branch] = each.step.predict(out=out[i :: len(shares)])
 
     def guide(self, step: Step, state: State) -> Prediction:
         out, cond = torch.empty_like(step.x), torch.empty_like(step.x)
@@ -215,24 +226,23 @@ class SideBySide(Several):
                 if each.term.inside:
                     each.term.evaluate(each.step, each.state)
                 each.guided = each.term.guide(each.step, each.state)
-            out[each.rows] = each.guided.out
+            out[each.own] = each.guided.out
             known = each.step.evaluated.get("cond", each.guided)
-            cond[each.rows] = known.out
+            cond[each.own] = known.out
         step.evaluated["cond"] = step.predict(out=cond)  # for the pipeline's own rescaling
         return step.predict(out=out)
 
     def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
         edited = latents.clone()
         for each in self._shares(step, state):
-            edited[each.rows] = each.term.after_step(each.step, latents[each.rows], each.state)
+            edited[each.own] = each.term.after_step(each.step, latents[each.own], each.state)
         return edited
 
     def effective_scale(self, step: Step, guided: Prediction, state: State) -> Tensor:
         scale = step.x.new_empty(step.x.shape[0])
         for each in self._shares(step, state):
             assert each.guided is not None
-            own = each.term.effective_scale(each.step, each.guided, each.state)
-            scale[each.rows] = torch.as_tensor(own, dtype=scale.dtype, device=scale.device)
+            scale[each.own] = each.term.effective_scale(each.step, each.guided, each.state)
         return scale
 
     def _shares(self, step: Step, state: State) -> list[Share]:
@@ -249,13 +259,14 @@ class SideBySide(Several):
             pairs = zip(self.terms, self._states(state), strict=True)
             state.step, state.shares = step, []
             for i, (term, own) in enumerate(pairs):
-                rows = list(range(i, batch, count))
+                rows = range(i, batch, count)
                 state.shares.append(Share(i, rows, term, self._view(step, i, rows), own))
         shares: list[Share] = state.shares
         return shares
 
-    def _view(self, step: Step, index: int, rows: list[int]) -> Step:
+    def _view(self, step: Step, index: int, rows: range) -> Step:
         """The step, narrowed down to the rows of one strategy."""
+        own = part(rows)
 
         def evaluate(branch: Branch, **changes: Any) -> Prediction:
             found = step.evaluate(branch, rows=rows, **changes)
@@ -267,12 +278,12 @@ class SideBySide(Several):
             return step.gather(dict.fromkeys(wanted, rows))
 
         def conditions(branch: Branch) -> dict[str, Tensor]:
-            return {name: tensor[rows] for name, tensor in step.conditions(branch).items()}
+            return {name: tensor[own] for name, tensor in step.conditions(branch).items()}
 
         return replace(
             step,
-            x=step.x[rows],
-            timestep=step.timestep[rows] if step.timestep.ndim else step.timestep,
+            x=step.x[own],
+            timestep=step.timestep[own] if step.timestep.ndim else step.timestep,
             evaluate=evaluate,
             gather=gather,
             conditions=conditions,

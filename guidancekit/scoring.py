@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from . import bundled
 from .errors import GuidanceError
+from .tensors import on_device
+from .uncompiled import uncompiled
 
 Scorer = Callable[[Tensor, float, int], Tensor]
 """Scores [n], higher is better, of [n, ...] at a noise fraction and step index."""
@@ -25,7 +27,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def score(name: str, scorer: Scorer, x: Tensor, noise_fraction: float, index: int) -> Tensor:
     """The scores [n] of one function, checked, float32."""
     with torch.no_grad():
-        scores = scorer(x, noise_fraction, index)
+        scores = uncompiled(lambda: scorer(x, noise_fraction, index))
     if not isinstance(scores, Tensor) or scores.shape != x.shape[:1]:
         found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise GuidanceError(
@@ -48,7 +50,7 @@ def choose(scores: Tensor, weights: Tensor, candidates: Sequence[float], default
     total = (weights[:, None] * centred / (spread + 1e-6)).sum(0)
     total = total.where(valid, -torch.inf)
     best = total.amax(0)
-    values = torch.tensor(candidates, device=scores.device)
+    values = on_device(candidates, scores)
     distance = (values - default).abs()[:, None]
     winner = distance.where((total == best) & valid, torch.inf).argmin(0)
     undecided = (total == best).all(0)  # or nothing is valid
@@ -149,10 +151,12 @@ class LatentScorer(ModelMixin, ConfigMixin):
                 "functions by name (FeedbackGuidance), or a function that returns logits (GFCG)."
             )
         try:
-            scorer = cls.from_pretrained(folder, use_safetensors=True)
+            scorer: LatentScorer = uncompiled(
+                lambda: cls.from_pretrained(folder, use_safetensors=True).float()
+            )
         except Exception as error:  # of several libraries
             raise GuidanceError(f"LatentScorer.load({source!r}): {error}") from error
-        return scorer.float().eval().requires_grad_(False)
+        return scorer.eval().requires_grad_(False)
 
 
 def _convolution(inward: int, outward: int, stride: int = 1) -> nn.Sequential:
@@ -190,7 +194,7 @@ class CLIPScore:
             )
         network = self._network(images)
         size = network.config.vision_config.image_size
-        mean, std = (images.new_tensor(c).view(1, 3, 1, 1) for c in (_CLIP_MEAN, _CLIP_STD))
+        mean, std = (on_device(c, images).view(1, 3, 1, 1) for c in (_CLIP_MEAN, _CLIP_STD))
         pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         seen = network.visual_projection(network.vision_model((pixels - mean) / std).pooler_output)
         assert self._text is not None
@@ -206,7 +210,7 @@ class CLIPScore:
             from transformers import AutoTokenizer, CLIPModel
 
             try:
-                network = CLIPModel.from_pretrained(self.model).eval()
+                network = uncompiled(lambda: CLIPModel.from_pretrained(self.model).eval())
                 tokenizer = AutoTokenizer.from_pretrained(self.model)
             except (OSError, ValueError) as error:
                 raise GuidanceError(f"CLIPScore cannot load {self.model!r}: {error}") from error

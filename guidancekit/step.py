@@ -36,6 +36,7 @@ Kind = Literal[
 
 `reverse_flow` is x0 - eps; `preconditioned` is the raw output of EDM's network, which is -v.
 """
+FLOWS: tuple[Kind, ...] = ("flow", "reverse_flow")
 
 _SMALLEST_ALPHA = 2.0**-12  # diffusers' own guard: eps says nothing about x0 at alpha = 0
 

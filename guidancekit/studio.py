@@ -23,7 +23,7 @@ from .generate import Picture, run, scale_name, warm_up
 from .grid import Label, draw_grid
 from .guidance import Guidance
 from .loading import choose_device, choose_dtype, default_scale, load_pipeline, make_scheduler
-from .measures import distance, saturation
+from .measures import distance, pixels, saturation
 from .recipe import Recipe
 from .registry import parse, quoted
 from .step import Prediction, Step
@@ -60,7 +60,7 @@ class Result:
 
     @property
     def saturation(self) -> float:
-        return saturation(self.picture.image)
+        return float(saturation(pixels(self.picture.image)))
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ class Studio:
     ) -> Result:
         trace = Trace()
         picture = self._run(recipe, len(before), count, tell, trace)
-        away = distance(before[0].picture.image, picture.image) if before else None
+        images = [each.image for each in (before[0].picture, picture)] if before else []
+        away = float(distance(*map(pixels, images))) if images else None
         return Result(label, picture, trace.points, away)
 
     def fill(self, sheet: Sheet, tell: Tell) -> Sheet:

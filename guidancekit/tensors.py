@@ -7,6 +7,7 @@ they broadcast back. A row's result never depends on its batch mates.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ def std(a: Tensor) -> Tensor:
     return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)
 
 
+def on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor of the dtype of `like`, on its device, which is not waited for."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 class Noise:
     """Random draws that are the same on every device; sample i of a batch has the seed `seed` + i.
 
@@ -56,9 +62,11 @@ class Noise:
 
     def __call__(self, like: Tensor) -> Tensor:
         """The next normal draw, float32, of the shape of `like` [B, ...] and on its device."""
-        shape = like.shape[1:]
-        draws = [torch.randn(shape, generator=own) for own in self._own(like.shape[0])]
-        return torch.stack(draws).to(like.device, non_blocking=True)
+        # Pinned, so that the copy keeps nobody waiting.
+        drawn = torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+        for row, own in zip(drawn.unbind(), self._own(like.shape[0]), strict=True):
+            row.normal_(generator=own)
+        return drawn.to(like.device, non_blocking=True)
 
     def integers(self, high: int, count: int) -> list[int]:
         """A whole number in [0, high) for each of `count` samples."""

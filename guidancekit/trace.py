@@ -55,5 +55,9 @@ class Trace:
 
     @property
     def points(self) -> list[TracePoint]:
-        """The steps so far."""
-        return [TracePoint(i, noise, *figures.tolist()) for i, noise, figures in self._steps]
+        """The steps so far, read from the device at once."""
+        read = torch.stack([figures for *_, figures in self._steps]).tolist() if self._steps else []
+        return [
+            TracePoint(i, noise, *figures)
+            for (i, noise, _), figures in zip(self._steps, read, strict=True)
+        ]

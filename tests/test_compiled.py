@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_methods import acting
+from test_methods import FLOW_ONLY, acting
 from tiny import LATENT_SIZE, TEXT_WIDTH, latents_of, tiny_sd
 
 from benchmarks.compiled import graphs
+from benchmarks.models import embedded
 from guidancekit import CFG, PAG, TSG, InternalHead, SideBySide
+from guidancekit.registry import create, methods
 
 STEPS = 4
 
@@ -37,30 +41,37 @@ class Small:
             latents_of(self.pipe, steps=steps, height=32, width=32, **options)
 
 
-# All that reach into the network, whose closures and contexts are new in every step; a method that
-# only combines predictions shows the network nothing but rows, as CFG does.
-INSIDE = {
-    "pag": acting("pag"),
-    "seg": acting("seg"),
-    "sag": acting("sag"),
-    "nag": acting("nag"),
-    "nasa": acting("nasa"),
-    "tsg": acting("tsg"),
-    "internal": acting("internal", head=InternalHead("mid_block", 8, 4, 1)),
-    "cfg": CFG(),
-    "icg": acting("icg"),
-    "side by side": SideBySide([CFG(), CFG() + PAG()]),
-}
+LATER = {"adaptive": 1}
+"""Graphs for a number of rows that comes up only later, when guidance stops."""
+KINDS_OF_PASSES = 3
+"""Other layers or another number of rows are another graph; more of them were a broken one."""
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("name", sorted({*methods()} - {*FLOW_ONLY, "embedded"}))
 def test_nothing_is_compiled_after_the_second_step(name):
-    options = {"num_images_per_prompt": 2} if name == "side by side" else {}
+    head = InternalHead("mid_block", 8, 4, 1)
+    counted = graphs(Small(), acting(name, Small().network, head), STEPS)
+    assert len(counted) == STEPS
+    assert 0 < counted[1] <= KINDS_OF_PASSES, f"graphs at the end of each step: {counted}"
+    assert counted[-1] == counted[1] + LATER.get(name, 0), counted
+
+
+def test_side_by_side_neither():
     subject = Small()
-    draw, subject.draw = subject.draw, lambda steps, **more: draw(steps, **options, **more)
-    counted = graphs(subject, INSIDE[name], STEPS)
-    assert len(counted) == STEPS and counted[0] > 0
-    assert counted[-1] == counted[1], f"graphs at the end of each step: {counted}"
+    subject.draw = functools.partial(subject.draw, num_images_per_prompt=2)
+    counted = graphs(subject, SideBySide([CFG(), CFG() + PAG()]), STEPS)
+    assert 0 < counted[-1] == counted[1], counted
+
+
+@pytest.mark.parametrize("name", ["autoguidance", "internal", "feedback", "gfcg"])
+def test_companions_are_loaded_beside_a_compiled_network(name):
+    """Inside of its call, and unseen by the compiler."""
+    subject = embedded(1, torch.device("cpu"))
+    guidance = create(name, "scenes")
+    if name == "gfcg":
+        guidance.high = 1.0  # from the first step on
+    counted = graphs(subject, guidance, 2)
+    assert 0 < counted[-1] <= 3, counted
 
 
 @pytest.mark.parametrize("guidance", [CFG() + PAG(), CFG() + TSG(low=0.0)], ids=repr)

@@ -7,12 +7,20 @@ import inspect
 import itertools
 from contextlib import contextmanager
 
+import diffusers
 import pytest
 import torch
 from compatibility import REFUSED, record
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from tiny_families import FAMILIES, PICTURE, final_latents, fresh, pipeline
+from tiny_families import (
+    FAMILIES,
+    PICTURE,
+    _plain_autoencoder,
+    final_latents,
+    fresh,
+    pipeline,
+)
 
 from guidancekit import (
     APG,
@@ -77,12 +85,21 @@ def networks(pipe):
 
 @contextmanager
 def counted(pipe):
-    """The arguments of every evaluation that reaches a network; to be entered before `attach`."""
+    """The arguments of every evaluation that reaches a network; to be entered before `attach`.
+
+    A look inside that is broken off on the way (TSG's, at the time embedding) is none.
+    """
     calls = []
 
     def counting(forward, *args, **kwargs):
         calls.append(args[0] if args else kwargs["hidden_states"])
-        return forward(*args, **kwargs)
+        try:
+            return forward(*args, **kwargs)
+        except GuidanceError:
+            raise
+        except Exception:
+            calls.pop()
+            raise
 
     for net in networks(pipe):
         net.forward = functools.partial(counting, net.forward)
@@ -161,6 +178,7 @@ def test_the_one_line(name):
     assert seen == [*range(len(seen))] and seen
     del both
     assert torch.equal(final_latents(name, pipe, W), plain(name))
+    record("companion", "callback_on_step_end, MultiPipelineCallbacks", "outcome")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -200,6 +218,18 @@ def test_guidance_takes_the_place_of_a_renormalisation(name):
     assert_close(found, by_hand(name))
     record("family", name, "branches", CALLS[FAMILIES[name].calls])
     record("family", name, "cfg", "yes, without the re-normalisation")
+
+
+def takes(name, argument):
+    return argument in inspect.signature(type(pipeline(name)).__call__).parameters
+
+
+@pytest.mark.parametrize("name", [n for n in GUIDED if takes(n, "guidance_rescale")])
+def test_a_rescaling_that_the_caller_asks_for_is_respected(name):
+    options = {"guidance_rescale": 0.7}
+    expected = final_latents(name, pipeline(name), W, **options)
+    assert_close(guided(CFG(W), name, 2.5, **options), expected)
+    assert not torch.allclose(expected, plain(name), atol=1e-3)
 
 
 def by_hand(name):
@@ -380,18 +410,27 @@ def test_class_labels_are_drawn():
 
 # --- the scale that distilled networks are told --------------------------------------------------
 
-DISTILLED = ["flux-distilled", "hunyuan-video-distilled"]
+DISTILLED = ["flux-distilled", "hunyuan-video-distilled", "lcm"]
 
 
 @contextmanager
 def told(name):
     """What the network of a distilled model is told in each evaluation."""
     seen = []
-    net = pipeline(name).transformer
-    forward = net.forward
-    net.forward = lambda *a, **k: seen.append(k["guidance"].tolist()) or forward(*a, **k)
+    (net,) = networks(pipeline(name))
+    forward, argument = net.forward, "timestep_cond" if name == "lcm" else "guidance"
+    net.forward = lambda *a, **k: seen.append(k[argument].tolist()) or forward(*a, **k)
     yield seen
     del net.forward
+
+
+def in_its_form(name, scales):
+    """Scales [evaluations][rows] as the network takes them."""
+    scales = torch.tensor(scales)
+    if name == "lcm":
+        waves = pipeline(name).get_guidance_scale_embedding(scales.flatten() - 1, embedding_dim=8)
+        return waves.unflatten(0, scales.shape)
+    return scales * (1000.0 if name.startswith("hunyuan") else 1.0)
 
 
 @pytest.mark.parametrize("name", DISTILLED)
@@ -408,16 +447,15 @@ def test_embedded_guidance_equals_the_pipeline_at_that_scale(name):
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_embedded_guidance_follows_its_schedule(name):
-    unit = 1000.0 if name.startswith("hunyuan") else 1.0
-    own = FAMILIES[name].options["guidance_scale"]
+    own, steps = FAMILIES[name].options["guidance_scale"], {"num_inference_steps": 3}
     with told(name) as seen:
-        guided(EmbeddedGuidance(Linear(3.0)), name, 1.0, (0, 1))
-    expected = [[scale * unit] * 2 for scale in (1.0, 3.0, 5.0)]
-    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+        guided(EmbeddedGuidance(Linear(3.0)), name, 1.0, (0, 1), **steps)
+    expected = in_its_form(name, [[scale] * 2 for scale in (1.0, 3.0, 5.0)])
+    torch.testing.assert_close(torch.tensor(seen), expected)
     with told(name) as seen:
-        guided(EmbeddedGuidance(Linear()), name)
-    expected = [[scale * unit] for scale in (1.0, own, 2 * own - 1)]
-    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+        guided(EmbeddedGuidance(Linear()), name, **steps)
+    expected = in_its_form(name, [[scale] for scale in (1.0, own, 2 * own - 1)])
+    torch.testing.assert_close(torch.tensor(seen), expected)
 
 
 @pytest.mark.parametrize("name", DISTILLED)
@@ -429,8 +467,8 @@ def test_others_leave_the_embedded_scale_alone(name):
         with told(name) as seen:
             found = guided(guidance, name)
         assert torch.isfinite(found).all() and not torch.equal(found, plain(name))
-        unit = 1000.0 if name.startswith("hunyuan") else 1.0
-        torch.testing.assert_close(torch.tensor(seen), torch.full((3 * evaluations, 1), 2.0 * unit))
+        expected = in_its_form(name, [[2.0]] * FAMILIES[name].steps * evaluations)
+        torch.testing.assert_close(torch.tensor(seen), expected)
 
 
 def test_embedded_guidance_beside_true_cfg():
@@ -482,28 +520,6 @@ def test_the_strategys_schedule_is_the_one_that_counts():
     assert torch.equal(guided(CFG(W), "cogvideox", W, use_dynamic_cfg=True), plain("cogvideox"))
 
 
-def test_an_evaluation_too_many_is_refused():
-    """SD3's own skip-layer guidance evaluates its network a third time."""
-    options = dict(skip_guidance_layers=[0], skip_layer_guidance_start=0.0)
-    options |= dict(skip_layer_guidance_stop=1.0)
-    with pytest.raises(GuidanceError, match="more than once per step"):
-        guided(CFG(W), "sd3", W, **options)
-
-
-def test_a_third_branch_is_refused():
-    """InstructPix2Pix batches [text, image, none]."""
-    import diffusers
-
-    parts = fresh("sd-inpaint").components
-    config = {**parts["unet"].config, "in_channels": 8}
-    parts["unet"] = diffusers.UNet2DConditionModel.from_config(config).eval()
-    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    call = FAMILIES["sd15"].call((0,))
-    with CFG(W).attach(pipe), pytest.raises(GuidanceError, match="3 rows for 1 samples"):
-        pipe(**call, image=PICTURE, num_inference_steps=2, output_type="latent")
-
-
 def test_a_run_that_starts_in_the_middle_is_not_mistaken():
     """There time and its complement are the same, so that the network's direction is not known."""
     name = "lumina2"
@@ -512,6 +528,185 @@ def test_a_run_that_starts_in_the_middle_is_not_mistaken():
     options = dict(sigmas=[0.5, 0.25], num_inference_steps=2)
     with CFG(W).attach(pipe), pytest.raises(GuidanceError, match="starts in the middle"):
         final_latents(name, pipe, W, **options)
+
+
+# --- any other pipeline --------------------------------------------------------------------------
+
+
+def made_of(name, family, **parts):
+    """Another pipeline class, on the parts of a family."""
+    cls = getattr(diffusers, name)
+    accepted = inspect.signature(cls.__init__).parameters
+    parts = {**fresh(family).components, **parts, "requires_safety_checker": False}
+    needed = [each.name for each in accepted.values() if each.default is each.empty]
+    missing = dict.fromkeys(each for each in needed if each not in ("self", *parts))
+    pipe = cls(**missing, **{key: part for key, part in parts.items() if key in accepted})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, family, options, scale):
+    """The latents at the end of a call with a family's arguments, and how many steps were made."""
+    own, given = FAMILIES[family], inspect.signature(type(pipe).__call__).parameters
+    options = {**own.options, **own.call((0,)), **options}
+    options |= {"num_inference_steps": options.get("num_inference_steps", own.steps)}
+    options |= {"generator": torch.Generator().manual_seed(1), "output_type": "latent"}
+    if own.scale_name:
+        options[own.scale_name] = scale
+    last, step = [], pipe.scheduler.step
+    pipe.scheduler.step = lambda *a, **k: last.append(step(*a, **k)) or last[-1]
+    try:
+        pipe(**{key: value for key, value in options.items() if key in given})
+    finally:
+        pipe.scheduler.step = step
+        drawn.steps = len(last)
+    return last[-1][0]
+
+
+SMALL, SMALL_MASK = PICTURE.resize((16, 16)), PICTURE.resize((16, 16)).convert("L")
+INPAINT = {"height": 32, "width": 32, "mask_image": PICTURE.convert("L"), "strength": 0.99}
+OTHERS = {
+    "StableDiffusionInpaintPipeline": ("sd-img2img", INPAINT),  # of four channels
+    "StableDiffusionControlNetImg2ImgPipeline": ("sd-controlnet", {"control_image": PICTURE}),
+    "StableDiffusionControlNetPipeline": ("sd-controlnet", {"guess_mode": True}),
+    "StableDiffusionXLControlNetInpaintPipeline": (
+        "sdxl-controlnet",
+        {"control_image": PICTURE, **INPAINT},
+    ),
+    "StableDiffusionXLPipeline": ("sdxl", {"denoising_end": 0.7, "num_inference_steps": 6}),
+    "StableDiffusionXLImg2ImgPipeline": (
+        "sdxl-img2img",
+        {"denoising_start": 0.5, "num_inference_steps": 6},
+    ),
+    "StableDiffusion3Img2ImgPipeline": (
+        "sd3",
+        {"image": SMALL, "height": 16, "width": 16, "strength": 0.9},
+    ),
+    "FluxInpaintPipeline": ("flux-img2img", {"mask_image": SMALL_MASK, "strength": 0.99}),
+    "ChromaImg2ImgPipeline": (
+        "chroma",
+        {"image": PICTURE.resize((16, 24)), "height": 24, "width": 16, "strength": 0.9},
+    ),
+    "AnimateDiffVideoToVideoPipeline": ("animatediff", {"video": [PICTURE] * 3}),
+    "WanVideoToVideoPipeline": ("wan", {"latents": torch.zeros(1, 4, 2, 8, 8)}),
+}
+AUTOENCODED = ("StableDiffusion3Img2ImgPipeline", "ChromaImg2ImgPipeline")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_pipelines_go_through_the_same_detection(name):
+    family, options = OTHERS[name]
+    parts = {"vae": _plain_autoencoder(shift_factor=0.0)} if name in AUTOENCODED else {}
+    pipe = made_of(name, family, **parts)
+    expected = drawn(pipe, family, options, W)
+    with CFG(W).attach(pipe) as guidance:
+        assert torch.equal(drawn(pipe, family, options, 2.5), expected)
+        assert guidance.report().rows_per_step == [2] * drawn.steps
+    assert not torch.equal(drawn(pipe, family, options, 2.5), expected)
+
+
+def pixels():
+    """Diffusion of pixels, which its pipeline does not call latents."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(8, 3, 3, block_out_channels=(8, 16), norm_num_groups=4, **blocks)
+    return made_of("DDPMPipeline", "sd15", unet=unet, scheduler=diffusers.DDPMScheduler())
+
+
+def eight_channels():
+    parts = fresh("sd-inpaint").components
+    unet = {**parts["unet"].config, "in_channels": 8}
+    return {"unet": diffusers.UNet2DConditionModel.from_config(unet).eval()}
+
+
+# SD3's own skip-layer guidance, in all steps.
+SKIPPING = {"skip_guidance_layers": [0]}
+SKIPPING |= {"skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+UNKNOWN = {
+    "[text, picture, none]": (
+        lambda: made_of("StableDiffusionInstructPix2PixPipeline", "sd-inpaint", **eight_channels()),
+        "sd-img2img",
+        {},
+        "3 rows for 1 samples",
+    ),
+    "[uncond, cond, perturbed]": (
+        lambda: made_of("StableDiffusionPAGPipeline", "sd15"),
+        "sd15",
+        {"pag_scale": 3.0},
+        "3 rows for 1 samples",
+    ),
+    "a second evaluation": (
+        lambda: made_of("StableDiffusionSAGPipeline", "sd15"),
+        "sd15",
+        {"sag_scale": 0.75},
+        "more than once per step",
+    ),
+    "a third evaluation": (lambda: fresh("sd3"), "sd3", SKIPPING, "more than once per step"),
+    "no latents": (pixels, "sdxl-turbo", {}, "keeps no latents"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_cannot_be_verified_is_refused_before_the_first_step(name):
+    make, family, options, match = UNKNOWN[name]
+    pipe = make()
+    drawn(pipe, family, options, W)
+    with CFG(W).attach(pipe), pytest.raises(GuidanceError, match=match):
+        drawn(pipe, family, options, W)
+    assert drawn.steps == 0
+
+
+def test_a_pipeline_without_a_denoiser_is_refused():
+    """Some call it prior or decoder, and some have no scheduler."""
+
+    class Prior(diffusers.DiffusionPipeline):
+        def __init__(self, **parts):
+            super().__init__()
+            self.register_modules(**parts)
+
+    parts = fresh("sd15").components
+    for pipe in (
+        Prior(prior=parts["unet"], scheduler=parts["scheduler"]),
+        Prior(unet=parts["unet"]),
+        Prior(unet=None, scheduler=parts["scheduler"]),
+    ):
+        with pytest.raises(GuidanceError, match="found Prior, expected a Diffusers pipeline with"):
+            CFG(W).attach(pipe)
+
+
+def test_two_guidances_of_one_call_are_refused_before_the_first_step():
+    pipe = fresh("sd15")
+    plain, first = drawn(pipe, "sd15", {}, W), APG(9.0).attach(pipe)
+    callbacks = MultiPipelineCallbacks([first, CFG(W).attach(pipe)])
+    with pytest.raises(GuidanceError, match=r"\(APG\(scale=9.0\) \+ CFG\(scale=4.0\)\).attach"):
+        drawn(pipe, "sd15", {"callback_on_step_end": callbacks}, W)
+    assert drawn.steps == 0
+    del callbacks, first
+    assert torch.equal(drawn(pipe, "sd15", {}, W), plain)
+
+
+def test_several_views_in_one_step_are_refused_on_the_way():
+    """Each of them is evaluated and stepped as a step would be, so their number gives them away."""
+    pipe, views = made_of("StableDiffusionPanoramaPipeline", "sd15"), {"height": 8, "width": 1024}
+    drawn(pipe, "sd15", views, W)
+    assert drawn.steps > FAMILIES["sd15"].steps
+    with CFG(W).attach(pipe), pytest.raises(GuidanceError, match="more than once per step"):
+        drawn(pipe, "sd15", views, W)
+
+
+def test_a_step_without_the_network_is_refused():
+    """Whatever a pipeline evaluates instead, a run never goes on unguided."""
+    pipe = fresh("sd15")
+    scale = pipe.scheduler.scale_model_input
+
+    def lose_the_hook(latents, t):
+        vars(pipe.unet).pop("forward", None)
+        return scale(latents, t)
+
+    pipe.scheduler.scale_model_input = lose_the_hook
+    refused = pytest.raises(GuidanceError, match="without a call of its UNet2DConditionModel")
+    with CFG(W).attach(pipe), refused:
+        drawn(pipe, "sd15", {}, W)
+    assert drawn.steps == 0
 
 
 # --- texts and pictures of the pipeline's own ----------------------------------------------------

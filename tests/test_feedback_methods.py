@@ -296,7 +296,7 @@ def fbg_by_hand(pipe, x, steps, generator, pi, t0, t1, maximum, until):
     """The printed loop in EDM coordinates with the official sign, in float64."""
     pipe.scheduler.set_timesteps(steps)
     sigmas = pipe.scheduler.sigmas.double().tolist()
-    condition = {mode: torch.full((2, 16, 16), float(mode)) for mode in (-1, 1)}
+    condition = {mode: pipe.unet.embed(mode, 2) for mode in (1, None)}
     offset = math.log((1 - pi) * 1.5) / ((1 - t0) * steps)
     spread = [(now**2 - after**2) * after**2 / now**2 for now, after in pairwise(sigmas)]
     tau = abs(2 * np.interp((1 - t1) * steps, range(steps), spread) * offset / 10)
@@ -306,7 +306,7 @@ def fbg_by_hand(pipe, x, steps, generator, pi, t0, t1, maximum, until):
         now, after = sigmas[i], sigmas[i + 1]
         fed = (x / math.sqrt(1 + now**2)).float()
         x0_c, x0_u = (
-            x - now * pipe.unet(fed, t, condition[mode])["sample"].double() for mode in (1, -1)
+            x - now * pipe.unet(fed, t, condition[mode])[0].double() for mode in (1, None)
         )
         w = [math.exp(value) / (math.exp(value) - (1 - pi)) for value in posterior]
         scales.append(w)

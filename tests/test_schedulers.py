@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import types
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
@@ -27,6 +28,7 @@ from diffusers import ConfigMixin, ModelMixin, StableDiffusionImg2ImgPipeline
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from PIL import Image
+from test_methods import FLOW_ONLY, OWN_SPACE, acting
 from tiny import sd3_prompt, tiny_sd, tiny_sd3
 
 from guidancekit import (
@@ -37,12 +39,14 @@ from guidancekit import (
     CFGPlusPlus,
     Guidance,
     GuidanceError,
+    InternalHead,
     Interval,
     ManifoldProjectedCFG,
     Prediction,
     RectifiedCFGPlusPlus,
 )
 from guidancekit.engine import noise
+from guidancekit.registry import methods
 from guidancekit.step import COND, Level
 from guidancekit.tensors import Noise
 
@@ -484,6 +488,92 @@ def test_strategies_read_the_exact_posterior_mean(name, kind):
     finally:
         setattr(pipe, part, network)
     assert guidance.seen == [(i, s) for i, n in enumerate(case.evaluations) for s in range(n)]
+
+
+# --- methods x schedulers x prediction types -----------------------------------------------------
+
+
+class Speaking:
+    """Lets a network that predicts eps (or a velocity) say the same as one of another kind would.
+
+    It goes by the level of the time that it is told, as a network of that kind would.
+    """
+
+    def __init__(self, network, case: Case, kind: str):
+        self.flow, self.scheduler = case.flow, started(case, kind)
+        self.kind = noise.kind(self.scheduler)
+        times, levels = self.scheduler.timesteps.tolist(), noise.levels(self.scheduler)
+        self.levels = {t: now for t, (now, _) in zip(times, levels, strict=True)}
+        self.network, self.forward = network, network.forward
+
+    def __call__(self, *args, **given):
+        given |= zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)
+        x = given["hidden_states" if self.flow else "sample"]
+        time = float(torch.as_tensor(given["timestep"]).flatten()[0])
+        level = self.levels.get(time) or told_level(self.scheduler, time)
+        if self.flow:
+            given["timestep"] = torch.full_like(given["timestep"], 1000 * level.sigma)
+        said, *rest = self.forward(**{**given, "return_dict": False})
+        x0 = x - level.sigma * said if self.flow else (x - level.sigma * said) / level.alpha
+        eps = x0 + said if self.flow else said
+        return (output(self.kind, x0, eps, level), *rest)
+
+    def __enter__(self):
+        self.network.forward = self
+
+    def __exit__(self, *exception):
+        del self.network.forward
+
+
+# What is the same run, if the network says the same.
+MATRIX = {
+    name: [(name, kind) for kind in CASES[name].kinds]
+    for name in (
+        *("DDIM", "DDPM", "Euler", "Euler ancestral", "DPM++ 2M", "DPM++ 2M, SDE"),
+        *("DPM++ 2M, Karras", "Heun", "UniPC", "LCM", "EDM Euler", "flow Heun"),
+    )
+} | {"flow Euler": [("flow Euler", "flow"), ("flow Euler, inverted", "flow")]}
+# Their formula, their table or their head is about what the network puts out, whatever that is.
+OF_ITS_KIND = {*OWN_SPACE, "internal", "linear-ag"}
+METHODS = sorted({*methods()} - {*FLOW_ONLY, "embedded"})
+OF_TEXTS = {"gfcg", "nag", "nasa", "perp-neg"}  # the tiny SD3 has no text encoders
+
+
+@cache
+def unguided(name):
+    return run(name, CASES[name].kinds[0])
+
+
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_network_says_counts_and_not_how(method, name):
+    """Networks of different kinds that say the same lead to the same latents, on each scheduler."""
+    case, pipe = CASES[name], pipelines()[0][CASES[name].flow]
+    if case.flow and method in OF_TEXTS:
+        return
+    network, weaker = pipe.transformer if case.flow else pipe.unet, None
+    if method == "autoguidance":
+        weaker = tiny_sd3(seed=1).transformer if case.flow else tiny_sd(seed=1).unet
+    head = InternalHead("transformer_blocks.0", 16, 4, 2) if case.flow else None
+    # Rescaling, too, is about what the network puts out.
+    guidance = CFG(6.0) if method == "cfg" else acting(method, weaker, head)
+    unfit = method in RULES and method not in case.rules
+    if unfit or (guidance.edits_latents and "cfg++" not in case.rules):
+        with pytest.raises(GuidanceError, match=case.scheduler):
+            run(name, case.kinds[0], guidance)
+        return
+    found = []
+    for each, kind in MATRIX[name]:
+        with ExitStack() as stack:
+            for part in filter(None, (network, weaker)):
+                stack.enter_context(Speaking(part, CASES[each], kind))
+            found.append(run(each, kind, guidance))
+        assert len(guidance.report().steps) == len(case.evaluations)
+    assert torch.isfinite(torch.stack(found)).all()
+    assert not torch.allclose(found[0], unguided(name), atol=1e-4)
+    for other in found[1:] if method not in OF_ITS_KIND else ():
+        scale = float(found[0].abs().max())
+        torch.testing.assert_close(other / scale, found[0] / scale, atol=1e-3, rtol=1e-3)
 
 
 # --- solver steps --------------------------------------------------------------------------------

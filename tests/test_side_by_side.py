@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from tiny import sd3_prompt, tiny_sd, tiny_sd3, tiny_sdxl
+from tiny_families import FAMILIES, final_latents, pipeline
 
 from guidancekit import (
     APG,
@@ -16,6 +17,7 @@ from guidancekit import (
     NAG,
     NLG,
     PAG,
+    TSG,
     AdaptiveGuidance,
     CFGPlusPlus,
     GuidanceError,
@@ -92,6 +94,25 @@ def test_equals_runs_of_their_own(make):
     assert sum(costs) == guidance.report().rows
 
 
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [CFG(6.0), APG(9.0)],  # all rows are needed
+        [CFG(6.0), CFG(1.0), APG(9.0)],
+        [CFG(0.0), CFG(1.0), CFG(6.0), CFG(1.0)],
+        [CFG(1.0), CFG(4.0) + PAG(2.0), CFG(6.0), CFG(1.0), APG(9.0)],
+    ],
+    ids=repr,
+)
+def test_rows_of_three_prompts_go_where_they_belong(terms):
+    pipe, x = tiny_sd(), noise(3)
+    prompts = ["a red star", "a blue ring above a moon", "a green heart"]
+    found = together(pipe, SideBySide(terms), prompts, x)
+    for i, term in enumerate(terms):
+        expected = alone(pipe, term, prompts, x)
+        torch.testing.assert_close(found[i :: len(terms)], expected, atol=2e-4, rtol=2e-4)
+
+
 def test_equals_runs_of_their_own_on_a_flow_model():
     pipe = tiny_sd3()
     terms = [CFG(5.0), APG(8.0), ManifoldProjectedCFG(4.0), CFG(Interval(5.0, 0.0, 1.0))]
@@ -114,6 +135,37 @@ def test_equals_runs_of_their_own_on_a_flow_model():
     for i, term in enumerate(terms):
         with term.attach(pipe):
             torch.testing.assert_close(found[i : i + 1], run(1), atol=2e-4, rtol=2e-4)
+
+
+EVERYWHERE = [CFG(5.0), APG(8.0), CFG(1.0), CFG(Interval(5.0, 0.0, 2.0)), CFG(3.0) + TSG(2.0, 0.0)]
+SHAPES = ["dit", "z-image", "flux", "qwen-image", "lumina2", "wan", "ltx", "cogvideox"]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name in FAMILIES])
+def test_equals_runs_of_their_own_in_every_shape(name):
+    """One batch or two calls, lists, packed tokens, video; each row costs what it does alone."""
+    pipe, count = pipeline(name), len(EVERYWHERE)
+    with SideBySide(EVERYWHERE).attach(pipe) as guidance:
+        found = final_latents(name, pipe, 4.0, (0,) * count)
+        costs = list(guidance.evaluations)
+        assert sum(costs) == guidance.report().rows
+    for i, term in enumerate(EVERYWHERE):
+        with term.attach(pipe):
+            expected = final_latents(name, pipe, 4.0)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found[i : i + 1] / scale, expected / scale, atol=1e-4, rtol=0)
+        assert costs[i] == term.report().rows, term
+
+
+def test_equals_runs_of_their_own_without_a_second_branch():
+    pipe, terms = pipeline("flux-distilled"), [CFG(1.0), PAG(2.0), TSG(2.0, 0.0)]
+    with SideBySide(terms).attach(pipe) as guidance:
+        found = final_latents("flux-distilled", pipe, 1.0, (0,) * len(terms))
+        assert guidance.evaluations == [3, 6, 6]
+    for i, term in enumerate(terms):
+        with term.attach(pipe):
+            expected = final_latents("flux-distilled", pipe)
+        torch.testing.assert_close(found[i : i + 1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_one_network_call_serves_all_rows():

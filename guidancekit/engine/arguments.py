@@ -64,7 +64,8 @@ class Arguments:
         """At another time, in the form in which the network takes it: a scalar, or per row."""
         like = self.time
         if isinstance(time, Tensor) and not time.ndim and getattr(like, "ndim", 0) > 0:
-            time = time.to(like.device, like.dtype).expand(rows, *like.shape[1:])
+            time = time.to(like.device, like.dtype, non_blocking=True)
+            time = time.expand(rows, *like.shape[1:])
         return self._replace(self._find(_TIME, "timestep"), time)
 
     @property
@@ -94,8 +95,8 @@ class Arguments:
                 return value
             frames, rest = divmod(value.shape[0], count)
             if name == _TEXT and frames > 1 and not rest:  # AnimateDiff repeats it for each frame
-                return value.unflatten(0, (count, frames))[list(rows)].flatten(0, 1)
-            return _chosen(value, rows) if value.shape[0] == count else value
+                return picked(value.unflatten(0, (count, frames)), rows).flatten(0, 1)
+            return picked(value, rows) if value.shape[0] == count else value
         if isinstance(value, Mapping):
             return {key: self.rows_of(item, rows, key) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
@@ -160,10 +161,24 @@ def _shared(name: str, value: Tensor) -> bool:
     return name in _SHARED and value.ndim < 3
 
 
-def _chosen(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of a tensor; without a copy where they are evenly spaced."""
-    first, last = rows[0], rows[-1]
-    space = max(1, rows[1] - first) if len(rows) > 1 else 1
-    if list(rows) == list(range(first, last + 1, space)):
-        return tensor[first : last + 1 : space]
-    return tensor[torch.tensor(rows).to(tensor.device, non_blocking=True)]
+def picked(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor; without a copy where they are evenly spaced.
+
+    Not by an index tensor, which would have to be brought to the device.
+    """
+    parts = [tensor[part] for part in _slices(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _slices(rows: Sequence[int]) -> list[slice]:
+    """Rows as slices, each as long as they go on evenly."""
+    found, start = [], 0
+    while start < len(rows):
+        first, end, space = rows[start], start + 1, 1
+        if end < len(rows) and rows[end] > first:
+            space = rows[end] - first
+            while end < len(rows) and rows[end] - rows[end - 1] == space:
+                end += 1
+        found.append(slice(first, rows[end - 1] + 1, space))
+        start = end
+    return found

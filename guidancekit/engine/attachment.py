@@ -11,7 +11,7 @@ import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.hooks import HookRegistry, ModelHook
 
+from ..errors import GuidanceError
 from .frames import scope_of
 from .run import Run, Watch, denoisers, networks
 
@@ -61,26 +62,15 @@ class Attachment:
     # --- installing and removing ----------------------------------------------------------------
 
     def _patch_denoisers(self) -> None:
-        """Hook the pipeline's networks, and note what removing the hooks would leave behind."""
+        """Hook the pipeline's networks."""
         self.denoisers = denoisers(self.pipe)
-        self._new = []
-        for network in self.denoisers:
-            found = vars(network).get("_diffusers_hook")
-            other = found.get_hook(_HOOK) if isinstance(found, HookRegistry) else None
-            if isinstance(other, DenoiserHook):
-                other.remove(network)
-            self._new.append({"forward", "_diffusers_hook"} - vars(network).keys())
-            # A registry of its own also for torch.compile's module around another one.
-            registry = vars(network).setdefault("_diffusers_hook", HookRegistry(network))
-            registry.register_hook(DenoiserHook(self, network), _HOOK)
+        self._hooks = [DenoiserHook(self, network) for network in self.denoisers]
+        for hook in self._hooks:
+            hook.install()
 
     def _unpatch_denoisers(self) -> None:
-        for network, new in zip(self.denoisers, self._new, strict=True):
-            registry = vars(network)["_diffusers_hook"]
-            registry.remove_hook(_HOOK, recurse=False)
-            if not registry.hooks:
-                for name in new:
-                    vars(network).pop(name, None)
+        for hook in self._hooks:
+            hook.uninstall()
 
     def _patch_scheduler(self) -> None:
         """Replace the scheduler's methods on the instance (it is not a module, it has no hooks)."""
@@ -138,15 +128,18 @@ class Attachment:
     def _start(self) -> None:
         guidance = self._guidance()
         scope = scope_of(self.pipe)
-        if scope is not None and denoisers(self.pipe) != self.denoisers:  # replaced since
+        if scope is not None and (
+            denoisers(self.pipe) != self.denoisers or any(hook.displaced for hook in self._hooks)
+        ):
             self._unpatch_denoisers()
             self._patch_denoisers()
         cut_short = self.run is not None and not self.run.finished
         self.run = None
         if guidance is None or scope is None:
             return
-        callback = scope.get("callback_on_step_end")
-        if cut_short and not self.entered and not _mentions(callback, guidance):
+        named = [*_guidances(scope.get("callback_on_step_end"))]
+        others = [each for each in named if each is not guidance]
+        if cut_short and not self.entered and len(others) == len(named):
             # Outside a block only a call that names the guidance still means it now: perhaps the
             # object is alive only because a traceback holds it.
             self.remove()
@@ -156,10 +149,16 @@ class Attachment:
                 stacklevel=2,
             )
             return
+        self.used = True
+        if others:
+            raise GuidanceError(
+                f"Found {others[0]!r} among the callbacks of a pipeline that {guidance!r} is "
+                "attached to, expected one guidance. Add them up, "
+                f"({others[0]!r} + {guidance!r}).attach(pipe), or use them one after the other."
+            )
         if any(network._compiled_call_impl is not None for network in self.denoisers):
             _hide_from_compiler()
         self.run = Run(guidance, self.pipe, self.watch, self.joined)
-        self.used = True
 
     def denoise(
         self,
@@ -180,9 +179,9 @@ class Attachment:
 
     def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's `step`."""
-        if self.run is None or self.run.passes is None:
-            return step(*args, **kwargs)
         run = self.run
+        if run is None or (run.passes is None and (run.finished or scope_of(self.pipe) is None)):
+            return step(*args, **kwargs)
         result = run.finish_step(step, *args, **kwargs)
         if run.finished and self.once:
             self.remove()
@@ -190,12 +189,65 @@ class Attachment:
 
 
 class DenoiserHook(ModelHook):
-    """Hands every call of a denoiser to the attachment."""
+    """Hands every call of a denoiser to the attachment.
+
+    One that came off passes calls on, because what others have put around it keeps calling it.
+    """
 
     def __init__(self, attachment: Attachment, network: torch.nn.Module) -> None:
         super().__init__()
-        self.attachment, self.network = attachment, network
+        self.attachment: Attachment | None = attachment
+        self.network = network
         self.caller: Any = network
+
+    # --- installing and removing ----------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the hook on, in the place of another guidance's, and note what it leaves behind."""
+        names = vars(self.network)
+        found = names.get("_diffusers_hook")
+        other = found.get_hook(_HOOK) if isinstance(found, HookRegistry) else None
+        if isinstance(other, DenoiserHook):
+            other.make_room(self.network)
+        self.new = {"forward", "_diffusers_hook"} - names.keys()
+        # A registry of its own also for torch.compile's module around another one.
+        self.registry = names.setdefault("_diffusers_hook", HookRegistry(self.network))
+        self.registry.register_hook(self, _HOOK)
+        self.forward = names["forward"]
+
+    def uninstall(self) -> None:
+        """Take the hook off, and leave what others have put around it."""
+        self.attachment = None
+        names, original = vars(self.network), self.fn_ref.original_forward
+        found = names.get("forward")
+        self.registry.remove_hook(_HOOK, recurse=False)
+        if found is not self.forward and names.get("forward") is original:
+            names["forward"] = found
+            self.new.discard("forward")
+            if names.get(_WRAPPED) is self.forward:
+                names[_WRAPPED] = original
+        if not self.registry.hooks:
+            for name in self.new:
+                names.pop(name, None)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether the network's forward was replaced by one that may not lead here, or wrapped.
+
+        Model offloading replaces it at the end of every run.
+        """
+        hooks = [*self.registry.hooks]
+        wrapped = hooks[-1:] == [_HOOK] and vars(self.network).get("forward") is not self.forward
+        return wrapped or _HOOK not in hooks
+
+    def make_room(self, network: Any) -> None:
+        """For another guidance on `network`, which may be a copy of the one hooked."""
+        if self.attachment and any(network is own for own in self.attachment.denoisers):
+            self.attachment.remove()
+        else:
+            network._diffusers_hook.remove_hook(_HOOK, recurse=False)
+
+    # --- called by the network ------------------------------------------------------------------
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.caller = module
@@ -205,14 +257,14 @@ class DenoiserHook(ModelHook):
         caller, self.caller = self.caller, self.network
         if caller is not self.network:  # a copy of it, whose hooks still lead here
             return type(caller).forward(caller, *args, **kwargs)
-        return self.attachment.denoise(self.network, self.fn_ref.original_forward, args, kwargs)
+        forward = self.fn_ref.original_forward
+        if self.attachment is None:
+            return forward(*args, **kwargs)
+        return self.attachment.denoise(self.network, forward, args, kwargs)
 
-    def remove(self, network: Any) -> None:
-        """Make room for another guidance on `network`, which may be a copy of the one hooked."""
-        if any(network is own for own in self.attachment.denoisers):
-            self.attachment.remove()
-        else:
-            network._diffusers_hook.remove_hook(_HOOK, recurse=False)
+
+_WRAPPED = "_old_forward"
+"""Where a network keeps the forward that accelerate has wrapped."""
 
 
 def _hide_from_compiler() -> None:
@@ -230,10 +282,15 @@ def _hide_from_compiler() -> None:
         )
 
 
-def _mentions(callback: Any, guidance: Guidance) -> bool:
+def _guidances(callback: Any) -> Iterator[Guidance]:
+    """The guidances among the callbacks of a call."""
+    from ..guidance import Guidance
+
     if isinstance(callback, MultiPipelineCallbacks):
-        return any(_mentions(inner, guidance) for inner in callback.callbacks)
-    return callback is guidance
+        for inner in callback.callbacks:
+            yield from _guidances(inner)
+    elif isinstance(callback, Guidance):
+        yield callback
 
 
 def _around(

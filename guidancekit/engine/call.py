@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
@@ -21,10 +23,23 @@ _CONDITIONS = re.compile(
     r"encoder_hidden_states(_(?!mask|image)\w+)?|cap_feats|text_embeds|pooled_(projections|embeds)"
     r"|class_labels|guidance"
 )
+TELLS_SCALE = _SCALE, _WAVES = "guidance", "timestep_cond"
+"""How distilled networks are told a guidance scale; latent consistency models take it in waves."""
+
+
+def in_waves(w: Tensor, width: int) -> Tensor:
+    """The scales w [B] (0: no guidance) as latent consistency models take them, [B, width]."""
+    count = width // 2
+    rates = torch.exp(torch.arange(count, device=w.device) * (-math.log(10000) / (count - 1)))
+    phases = 1000 * w.float()[:, None] * rates
+    return F.pad(torch.cat([phases.sin(), phases.cos()], dim=1), (0, width % 2))
 
 
 class Call:
-    """One denoiser call, whose batch is the concatenation of `branches`."""
+    """One denoiser call, whose batch is the concatenation of `branches`.
+
+    `embedded` is the guidance scale that a distilled network is told, in the pipeline's units.
+    """
 
     def __init__(
         self,
@@ -33,8 +48,10 @@ class Call:
         given: Arguments,
         branches: tuple[Branch, ...],
         layout: Layout,
+        embedded: float | None = None,
     ) -> None:
         self.network, self.forward, self.given = network, forward, given
+        self.embedded = embedded if _WAVES in given.batches else None
         self.branches, self.layout = branches, layout
         self.rows = len(self.sample)
         self.batch = self.rows // len(branches)
@@ -64,9 +81,12 @@ class Call:
     def conditions(self, branch: Branch) -> dict[str, Tensor]:
         """The tensors [B, ...] that a branch is conditioned on, by argument name.
 
-        A list of texts (Z-Image) is one of them where all have the same length.
+        A list of texts (Z-Image) is one of them where all have the same length. A scale that the
+        network takes as waves (latent consistency models) is one in the pipeline's units.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
+        if self.embedded is not None:
+            found[_SCALE] = torch.full((self.batch,), self.embedded, device=self.sample[0].device)
         for name, rows in self.given.batches.items():
             if _CONDITIONS.fullmatch(name) and len(rows) == self.rows:
                 own = rows[self._rows(branch)]
@@ -84,6 +104,7 @@ class Call:
 
     def with_conditions(self, changed: dict[Branch, dict[str, Tensor]]) -> Call:
         """The same call, its branches conditioned on other tensors."""
+        changed = {branch: self._as_taken(values) for branch, values in changed.items()}
 
         def renew(name: str, rows: Rows) -> Rows:
             each = (changed.get(b, {}).get(name, rows[self._rows(b)]) for b in self.branches)
@@ -91,6 +112,13 @@ class Call:
 
         names = {name for values in changed.values() for name in values}
         return self._with(self.given.renewed(names, renew))
+
+    def _as_taken(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Conditions in the form in which the network takes them."""
+        waves = self.given.batches.get(_WAVES)
+        if self.embedded is None or _SCALE not in conditions or not isinstance(waves, Tensor):
+            return conditions
+        return {**conditions, _WAVES: in_waves(conditions[_SCALE] - 1, waves.shape[-1])}
 
     def with_latent(self, x: Tensor) -> Call:
         """The same call at another latent [B, ...]."""
@@ -178,7 +206,8 @@ class Call:
         return rows_of(self.branches, branch, self.rows)
 
     def _with(self, given: Arguments) -> Call:
-        return Call(self.network, self.forward, given, self.branches, self.layout)
+        branches, layout = self.branches, self.layout
+        return Call(self.network, self.forward, given, branches, layout, self.embedded)
 
 
 class Passes:

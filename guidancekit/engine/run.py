@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..errors import GuidanceError
 from ..step import BOTH, Branch, Level, Moment, Prediction, Step
-from ..tensors import match_std, norm
+from ..tensors import match_std, norm, on_device
+from ..uncompiled import uncompiled
 from . import noise
-from .arguments import Arguments
-from .call import Call, Passes
+from .arguments import Arguments, picked
+from .call import TELLS_SCALE, Call, Passes
 from .frames import scope_of
 from .layers import around, rows_of, tapped
 from .report import Report, StepRecord
@@ -76,7 +77,7 @@ def decode(pipe: Any, x0: Tensor) -> Tensor:
     latents = x0 / (config.get("scaling_factor") or 1.0)
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         std, mean = (
-            torch.tensor(config[name], device=x0.device).view(1, -1, 1, 1)
+            on_device(config[name], x0).view(1, -1, 1, 1)
             for name in ("latents_std", "latents_mean")
         )
         latents = latents * std + mean
@@ -162,7 +163,8 @@ class Run:
                 f"{type(self.pipe).__name__} evaluates its network more than once per step and "
                 "branch, in a way that guidancekit does not know."
             )
-        call = Call(network, forward, given, shape.branches_of(given, len(waiting)), shape.layout)
+        branches = shape.branches_of(given, len(waiting))
+        call = Call(network, forward, given, branches, shape.layout, self._embedded)
         self.passes = Passes(*waiting, call)
         if self.position < 0:
             self._locate()
@@ -221,6 +223,13 @@ class Run:
 
     def finish_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The scheduler's step, on the guided prediction and the latents of the strategy."""
+        if self.passes is None:
+            raise GuidanceError(
+                f"{type(self.pipe).__name__} steps its scheduler without a call of its "
+                f"{' or '.join(type(each).__name__ for each in networks(self.pipe))} that "
+                "guidancekit has seen, so nothing would be guided. guidancekit does not support "
+                "this pipeline."
+            )
         given = self._signature.bind(self.scheduler, *args, **kwargs)
         output, latents = given.arguments["model_output"], given.arguments["sample"]
         assert self.shape is not None and self.passes is not None
@@ -319,7 +328,7 @@ class Run:
                 self._scale += shape.offset
             elif self._scale < 1:  # also what distilled models are called with
                 self._scale = 1.0
-        if isinstance(given.values.get("guidance"), Tensor):
+        if any(isinstance(given.values.get(name), Tensor) for name in TELLS_SCALE):
             embedded = getattr(self.pipe, "_guidance_scale", None) or scope.get("guidance_scale")
             self._embedded = None if embedded is None else float(embedded)
         self._now = float(scope.get("t", torch.as_tensor(given.time).flatten()[0]))
@@ -448,7 +457,7 @@ class Run:
             rows=lambda branch, count: rows_of(self.evaluating, branch, count),
             encode=self._encode,
             warn=self._warn,
-            decode=functools.partial(decode, self.pipe),
+            decode=lambda x0: uncompiled(lambda: decode(self.pipe, x0)),
             gather=self._gather,
             needed=(),
             evaluated={},
@@ -498,7 +507,7 @@ class Run:
         seen = self.passes.last.x if x is None else x
         rows = changes.get("rows")
         if x is None and rows is not None:
-            seen = seen[list(rows)]
+            seen = picked(seen, rows)
         with within or nullcontext():
             out = self._network(branch, x=x, timestep=timestep, **changes)
         return Prediction(out, seen, level or now, self._kind)
@@ -548,7 +557,7 @@ class Run:
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """What a prompt conditions the network on, [1, ...] by argument name; once per run."""
         if prompt not in self.encoded:
-            self.encoded[prompt] = self._encoded(prompt)
+            self.encoded[prompt] = uncompiled(lambda: self._encoded(prompt))
         return self.encoded[prompt]
 
     def _encoded(self, prompt: str) -> dict[str, Tensor]:

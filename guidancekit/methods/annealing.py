@@ -14,8 +14,9 @@ from .. import bundled
 from ..errors import GuidanceError
 from ..guidance import Preset, State
 from ..parameters import Range
-from ..step import BOTH, Branch, Moment, Step
+from ..step import BOTH, FLOWS, Branch, Moment, Step
 from ..tensors import norm
+from ..uncompiled import brought_to
 from .cfgpp import Renoising
 
 _SDXL = 4 * 128 * 128
@@ -85,7 +86,7 @@ class AnnealingGuidance(Renoising):
 
     @torch.no_grad()
     def strength_at(self, step: Step) -> Tensor:
-        network = self.network().to(step.x.device)
+        network = brought_to(step.x.device, self.network())
         delta = difference(step.cond, step.uncond)
         divisor = self.divisor or network.divisor or divisor_for(delta)
         return network(step.time, norm(delta) / divisor, self.alignment)
@@ -93,7 +94,7 @@ class AnnealingGuidance(Renoising):
 
 def difference(cond: Any, uncond: Any) -> Tensor:
     """delta of two predictions: of the noise, or of the velocity of a flow model."""
-    space = "v" if cond.kind == "flow" else "eps"
+    space = "v" if cond.kind in FLOWS else "eps"
     delta: Tensor = getattr(cond, space) - getattr(uncond, space)
     return delta
 

@@ -14,6 +14,7 @@ from ..errors import GuidanceError
 from ..guidance import Preset, State
 from ..schedules import AnyScale
 from ..step import Prediction, Step
+from ..uncompiled import brought_to, uncompiled
 from .weak import WeakBranch
 
 
@@ -92,7 +93,7 @@ class AutoGuidance(WeakBranch):
             like = next(v for v in values if isinstance(v, Tensor) and v.is_floating_point())
             if getattr(getattr(self, "_loaded", None), "dtype", None) != like.dtype:
                 self._loaded = load_denoiser(network, like.dtype)
-            network = self._loaded.to(like.device)
+            network = brought_to(like.device, self._loaded)
         if "guidancekit" in getattr(vars(network).get("_diffusers_hook"), "hooks", ()):
             raise GuidanceError(
                 "AutoGuidance: the weaker network is itself guided; give another, or a copy."
@@ -116,6 +117,8 @@ def load_denoiser(folder: str, dtype: torch.dtype) -> Any:
             "of a Diffusers model or pipeline, with its config.json."
         )
     try:
-        return AutoModel.from_pretrained(str(found), torch_dtype=dtype, use_safetensors=True)
+        return uncompiled(
+            lambda: AutoModel.from_pretrained(str(found), torch_dtype=dtype, use_safetensors=True)
+        )
     except Exception as error:  # of several libraries
         raise GuidanceError(f"AutoGuidance(network={folder!r}): {error}") from error

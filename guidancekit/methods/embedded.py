@@ -16,16 +16,16 @@ from ..step import COND, Branch, Moment, Prediction, Step
 class EmbeddedGuidance(Guidance):
     """Another scale for a distilled model in each step, arXiv:2210.03142 Sec. 3.1.
 
-    Guidance-distilled networks (Flux, HunyuanVideo) are told a scale and predict what CFG at that
-    scale would have made; their pipelines tell them `guidance_scale` in all steps. Here they are
-    told `scale`, in the pipeline's units; None, alone or inside a schedule, is the pipeline's. An
-    Interval tells them 1 outside: no guidance.
+    Guidance-distilled networks (Flux, HunyuanVideo, latent consistency models) are told a scale and
+    predict what CFG at that scale would have made; their pipelines tell them `guidance_scale` in
+    all steps. Here they are told `scale`, in the pipeline's units; None, alone or inside a
+    schedule, is the pipeline's. An Interval tells them 1 outside: no guidance.
 
     The schedule over the run is ours: the paper's scale is constant. It acts on the condition only:
     alone the prediction is the conditional one; for true CFG write CFG() + EmbeddedGuidance(...).
     Networks that take no scale are refused.
     Cost: no further network evaluation.
-    Oracle: Diffusers' pipelines of Flux and HunyuanVideo, called at that scale.
+    Oracle: Diffusers' pipelines of Flux, HunyuanVideo and LCM, called at that scale.
     """
 
     name = "embedded"
@@ -57,7 +57,7 @@ class EmbeddedGuidance(Guidance):
         if step.embedded_scale is None:
             raise GuidanceError(
                 f"{self!r} changes the guidance scale that distilled models take as an input "
-                "(Flux, HunyuanVideo), but this network takes none. Use CFG(scale) instead."
+                "(Flux, HunyuanVideo, LCM), but this network takes none. Use CFG(scale) instead."
             )
         if not step.embedded_scale:
             raise GuidanceError(

@@ -16,7 +16,7 @@ from ..guidance import Guidance, Preset, State
 from ..parameters import Range
 from ..schedules import Schedule, scale_at
 from ..step import BOTH, COND, Branch, Moment, Prediction, Step
-from ..tensors import parallel
+from ..tensors import on_device, parallel
 
 _FID = "arXiv:2506.19713 Table 8 (a), best FID"
 _QUALITY = "arXiv:2506.19713 Table 8 (b), quality at low CFG"
@@ -169,6 +169,6 @@ def up(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def blur(x: Tensor) -> Tensor:
     """The binomial 5 x 5 kernel [1, 4, 6, 4, 1] / 16, per channel, with reflected borders."""
-    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    kernel = torch.outer(row, row).to(x, non_blocking=True).expand(x.shape[1], 1, 5, 5)
+    row = on_device((1, 4, 6, 4, 1), x) / 16
+    kernel = torch.outer(row, row).expand(x.shape[1], 1, 5, 5)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])

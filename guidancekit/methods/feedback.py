@@ -15,6 +15,8 @@ from ..parameters import Range
 from ..schedules import AnyScale, scale_at
 from ..scoring import LatentScorer, Scorer, choose, relative_rise, score
 from ..step import BOTH, Branch, Moment, Prediction, Step, branches_at
+from ..tensors import on_device
+from ..uncompiled import brought_to
 
 CANDIDATES = (1.0, 3.0, 7.5, 11.0, 15.0)
 
@@ -134,7 +136,7 @@ class FeedbackGuidance(ClassifierFree):
             x = step.decode(x) if self.decode else x
             columns.append([score(*pair, x, noise, step.index) for pair in functions.items()])
         scores = torch.stack([torch.stack(column) for column in columns], dim=1)
-        weights = scores.new_tensor(self.weights)[:, None].expand(-1, scores.shape[2])
+        weights = on_device(self.weights, scores)[:, None].expand(-1, scores.shape[2])
         if self.adaptive:
             means = scores.where(scores.isfinite(), torch.nan).nanmean(1)
             weights = weights * relative_rise(means, getattr(state, "means", None))
@@ -153,7 +155,7 @@ class FeedbackGuidance(ClassifierFree):
     def _functions(self, step: Step) -> dict[str, Scorer]:
         """The scorers as functions; those of latents and text get the prompt."""
         return {
-            name: each.to(step.x.device).about(step.conditions("cond"))
+            name: brought_to(step.x.device, each).about(step.conditions("cond"))
             if isinstance(each, LatentScorer)
             else each
             for name, each in self._judges().items()

@@ -15,6 +15,8 @@ from ..parameters import Range
 from ..schedules import AnyScale, scale_at
 from ..scoring import LatentScorer
 from ..step import BOTH, COND, Branch, Moment, Prediction, Step
+from ..tensors import on_device
+from ..uncompiled import brought_to, uncompiled
 
 Classifier = Callable[[Tensor], Tensor]
 """Logits [n, K] of clean latents or images [n, ...]."""
@@ -111,6 +113,11 @@ class GFCG(ClassifierFree):
     def acts(self, moment: Moment, state: State) -> bool:
         return scale_at(self.scale, moment) != 1
 
+    def before_step(self, step: Step, state: State) -> Tensor:
+        if self.references and self.acts(step, state):
+            self._texts(step, step.conditions("cond"), state)  # before anything is evaluated
+        return step.x
+
     def condition(
         self, step: Step, branch: Branch, given: dict[str, Tensor], state: State
     ) -> dict[str, Tensor]:
@@ -126,7 +133,7 @@ class GFCG(ClassifierFree):
         if w == 1:
             return step.cond
         if step.stage == 0 and (self.lag or self._confuses(step)):
-            state.seen = self._classify(step, state)
+            state.seen = uncompiled(lambda: self._classify(step, state))
         basis = before if self.lag else getattr(state, "seen", None)
         if not self._confuses(step) or basis is None:
             return step.cfg(w)
@@ -173,7 +180,7 @@ class GFCG(ClassifierFree):
         x = step.decode(step.cond.x0) if self.decode else step.cond.x0
         judge = self._judge()
         if isinstance(judge, LatentScorer):
-            return self._hold(judge.to(x.device), x, step, state)
+            return self._hold(brought_to(x.device, judge), x, step, state)
         with torch.no_grad():
             logits = judge(x)
         count = x.shape[0]
@@ -196,8 +203,8 @@ class GFCG(ClassifierFree):
                 f"GFCG(references=...): found {len(self.references)} prompts, expected one for "
                 f"each of the classifier's {classes} classes."
             )
-        target = torch.tensor(self.target, device=x.device).expand(count)[:, None]
         logits = logits.to(x.device, torch.float32)
+        target = on_device(self.target, logits).long().expand(count)[:, None]
         wanted = logits.gather(1, target)[:, 0]
         highest, rival = logits.scatter(1, target, -torch.inf).max(1)
         return rival, torch.sigmoid(highest - wanted)  # q_r / (q_r + q_c) of a softmax

@@ -14,7 +14,7 @@ from ..guidance import Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale
 from ..step import Prediction, Step
-from ..tensors import Noise, std
+from ..tensors import Noise, on_device, std
 from .weak import WeakBranch
 
 _TABLE = "arXiv:2407.02687 Table 10"
@@ -99,8 +99,7 @@ class ICG(WeakBranch):
 
     def _classes(self, given: Tensor, noise: Noise) -> Tensor:
         assert self.classes is not None
-        drawn = noise.integers(self.classes, given.shape[0])
-        return torch.tensor(drawn, dtype=given.dtype).to(given.device, non_blocking=True)
+        return on_device(noise.integers(self.classes, given.shape[0]), given)
 
 
 def _is_text(value: object) -> bool:

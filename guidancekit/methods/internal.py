@@ -15,6 +15,7 @@ from ..heads import InternalHead, image_of
 from ..parameters import Range
 from ..schedules import AnyScale, Interval, Schedule, scale_at
 from ..step import BOTH, COND, Branch, Moment, Prediction, Step, branches_at
+from ..uncompiled import brought_to, uncompiled
 
 _CODE = "arXiv:2512.24176, CVL-UESTC/Internal-Guidance"
 
@@ -98,8 +99,9 @@ class InternalGuidance(Guidance):
 
     def _away(self, step: Step, branch: Branch, w: float, state: State) -> Tensor:
         out = (step.cond if branch == "cond" else step.uncond).out
-        head, hidden = self._head().to(out.device), state.hidden[branch]
-        early = head(hidden.float(), step.timestep, (out.shape[-2], out.shape[-1])).float()
+        head, hidden = brought_to(out.device, self._head()), state.hidden[branch]
+        size = out.shape[-2], out.shape[-1]
+        early: Tensor = uncompiled(lambda: head(hidden.float(), step.timestep, size)).float()
         if early.shape != out.shape:
             raise GuidanceError(
                 f"InternalGuidance: the head made {list(early.shape)} of the hidden state "
@@ -118,8 +120,9 @@ class InternalGuidance(Guidance):
         if isinstance(self.head, str) and getattr(self, "_loaded", None) is None:
             folder = bundled.locate(self.head)
             try:
-                head = InternalHead.from_pretrained(folder, use_safetensors=True)
-                self._loaded = head.float().eval()
+                self._loaded = uncompiled(
+                    lambda: InternalHead.from_pretrained(folder, use_safetensors=True).float()
+                ).eval()
             except Exception as error:  # of several libraries
                 raise GuidanceError(f"InternalGuidance(head={self.head!r}): {error}") from error
         return self._loaded if isinstance(self.head, str) else self.head

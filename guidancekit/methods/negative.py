@@ -16,6 +16,7 @@ from ..engine.layers import Attend, Layer, Place, sees_text, streams_of
 from ..errors import GuidanceError
 from ..guidance import Guidance, State
 from ..step import COND, Branch, Moment, Prediction, Step
+from ..uncompiled import first_at
 
 NegativePrompt = Annotated[
     str | None, "what to steer away from; None: the pipeline's negative prompt, or an empty one"
@@ -96,29 +97,18 @@ def first_block(
     So the text arrives as the network's own layers see it, with its masks and positions.
     """
 
-    def stop(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+    def read(layer: Layer, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]] | None:
         given = layer.arguments(args, kwargs)
-        if given.get(TEXT) is None:
-            return layer(**given)
-        raise _Reached(layer.module, given)
+        return None if given.get(TEXT) is None else (layer.module, given)
 
-    @torch.compiler.disable
-    def evaluate() -> None:
-        with torch.compiler.set_stance("force_eager"):  # a piece of a network is not worth a graph
-            evaluation()
-
-    with step.around(is_given_text, stop, what="block that is given a text"):
-        try:
-            evaluate()
-        except _Reached as reached:
-            return reached.found
-    raise GuidanceError("A negative prompt cannot act: no block of the network was given a text.")
-
-
-class _Reached(Exception):  # noqa: N818 - no error: how `first_block` gets out of the network
-    def __init__(self, block: nn.Module, given: dict[str, Any]) -> None:
-        super().__init__()
-        self.found = block, given
+    what = "block that is given a text"
+    found: tuple[nn.Module, dict[str, Any]] | None
+    found = first_at(step, is_given_text, evaluation, read, what)
+    if found is None:
+        raise GuidanceError(
+            "A negative prompt cannot act: no block of the network was given a text."
+        )
+    return found
 
 
 def is_given_text(name: str, module: nn.Module) -> bool:

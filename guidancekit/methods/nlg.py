@@ -12,7 +12,7 @@ from ..errors import GuidanceError
 from ..guidance import Companion, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale
-from ..step import Branch, Step
+from ..step import FLOWS, Branch, Step
 from ..tensors import Noise, norm
 from .apg import cap
 
@@ -77,7 +77,7 @@ class NLG(Companion):
         radius = math.sqrt(z[0].numel())
         for _ in range(self.refinements):
             cond, uncond = (step.evaluate(branch, x=z) for branch in ("cond", "uncond"))
-            g = uncond.x0 - cond.x0 if step.kind == "flow" else cond.eps - uncond.eps
+            g = uncond.x0 - cond.x0 if step.kind in FLOWS else cond.eps - uncond.eps
             z = z - self.step_size * cap(g, self.clip) + math.sqrt(self.noise) * draw(z)
             z = z * (radius / norm(z))
         return z

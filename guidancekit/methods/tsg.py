@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from diffusers.models.embeddings import TimestepEmbedding
@@ -15,6 +16,7 @@ from ..parameters import Range
 from ..schedules import AnyScale
 from ..step import Moment, Prediction, Step
 from ..tensors import Noise, std
+from ..uncompiled import first_at
 from .weak import WeakBranch
 
 _MISSING = "time embedding that TSG knows"
@@ -98,22 +100,38 @@ class TSG(WeakBranch):
         with step.around(is_time_embedding, lambda layer: None, what=_MISSING):
             pass
 
-    def weak(self, step: Step, state: State) -> Prediction:
-        size = self.strength * (step.time / 1000) ** self.power
-        if not hasattr(state, "draw"):
-            state.draw = Noise(self.seed, self.name)
-        if step.stage == 0:
-            state.noise = None
+    def before_step(self, step: Step, state: State) -> Tensor:
+        x = super().before_step(step, state)
+        if self.acts(step, state):
+            self._measure(step, state)
+        return x
 
-        def perturbed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-            given = forward(*args, **kwargs)
+    def _measure(self, step: Step, state: State) -> None:
+        """Once per run: what the time embedding looks like, so that its noise can be drawn outside
+        of the network, where it breaks no compiled graph."""
+        if not hasattr(state, "draw"):
+            state.draw, evaluation = Noise(self.seed, self.name), partial(step.evaluate, "cond")
+            state.like = first_at(step, is_time_embedding, evaluation, embedding, _MISSING)
+
+    def weak(self, step: Step, state: State) -> Prediction:
+        self._measure(step, state)
+        if step.stage == 0 and state.like is not None:
+            size = self.strength * (step.time / 1000) ** self.power
+            state.noise = size * state.draw(state.like)
+
+        def perturbed(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+            given = layer(*args, **kwargs)
             e = given.float()
-            if state.noise is None:  # blocks with a time embedding of their own share the draw
-                state.noise = state.draw(e)
-            return (e + size * std(e) * state.noise).to(given.dtype)
+            return (e + std(e) * state.noise).to(given.dtype)  # one draw for all such layers
 
         within = step.around(is_time_embedding, perturbed, what=_MISSING)
         return step.evaluate("cond", within=within)
+
+
+def embedding(layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """What a layer puts out."""
+    found: Tensor = layer(*args, **kwargs)
+    return found
 
 
 def is_time_embedding(name: str, module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ Use it as::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
@@ -60,7 +60,15 @@ class Recogniser(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Logits per head, each (n, vocabulary), of pictures (n, 3, 64, 64) in [-1, 1]."""
-        logits = self.layers(pictures).split([len(words) for words in HEADS.values()], dim=1)
+        return self.heads(self.features(pictures))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """What all heads read, (n, 160), of pictures (n, 3, 64, 64) in [-1, 1]."""
+        return self.layers[:-1](pictures)
+
+    def heads(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits per head, each (n, vocabulary), of features (n, 160)."""
+        logits = self.layers[-1](features).split([len(words) for words in HEADS.values()], dim=1)
         return dict(zip(HEADS, logits, strict=True))
 
     @torch.no_grad()
@@ -69,26 +77,7 @@ class Recogniser(nn.Module):
 
         Pictures are PIL images or arrays of shape (64, 64, 3): uint8, or floats in [0, 1].
         """
-        array = np.stack([np.asarray(picture) for picture in pictures])
-        if array.shape[1:] != (64, 64, 3):
-            raise ValueError(f"pictures must be of shape (64, 64, 3), these are {array.shape[1:]}")
-        scale = 255 if array.dtype == np.uint8 else 1
-        x = torch.from_numpy(array).permute(0, 3, 1, 2).float() / scale * 2 - 1
-        found = {name: logits.argmax(1).tolist() for name, logits in self(x).items()}
-
-        def word(head: str, i: int) -> str:
-            return HEADS[head][found[head][i]]
-
-        scenes = []
-        for i in range(len(array)):
-            count = HEADS["count"][found["count"][i]]
-            objects = tuple(
-                Thing(**{name: word(f"{name} {slot}", i) for name in ATTRIBUTES})
-                for slot in range(count)
-            )
-            relation = word("relation", i) if count == 2 else None
-            scenes.append(Scene(objects, relation, word("background", i)))
-        return scenes
+        return scenes(self(to_input(pictures)))
 
     def score(
         self, pictures: Sequence | np.ndarray, wanted: Sequence[str | Scene]
@@ -111,35 +100,70 @@ def load(path: Path = WEIGHTS) -> Recogniser:
     return model.eval()
 
 
+def to_input(pictures: Sequence | np.ndarray) -> Tensor:
+    """PIL images or arrays of shape (64, 64, 3), uint8 or floats in [0, 1], as the network's input."""
+    array = np.stack([np.asarray(picture) for picture in pictures])
+    if array.shape[1:] != (64, 64, 3):
+        raise ValueError(f"pictures must be of shape (64, 64, 3), these are {array.shape[1:]}")
+    scale = 255 if array.dtype == np.uint8 else 1
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / scale * 2 - 1
+
+
+def scenes(logits: dict[str, Tensor]) -> list[Scene]:
+    """The most likely scenes, every attribute set."""
+    found = {name: each.argmax(1).tolist() for name, each in logits.items()}
+
+    def word(head: str, i: int) -> str:
+        return HEADS[head][found[head][i]]
+
+    result = []
+    for i in range(len(found["count"])):
+        count = HEADS["count"][found["count"][i]]
+        objects = tuple(
+            Thing(**{name: word(f"{name} {slot}", i) for name in ATTRIBUTES})
+            for slot in range(count)
+        )
+        relation = word("relation", i) if count == 2 else None
+        result.append(Scene(objects, relation, word("background", i)))
+    return result
+
+
 def marks(seen: Scene, wanted: Scene) -> dict[str, bool]:
     """Which attributes of `wanted` a fully described scene gets right.
 
     Only what `wanted` names is present, plus "count" and "all". An attribute of two objects is
-    right when it is for both. The objects are matched in the order that gets most right; when a
-    relation is named, the reverse order makes the relation wrong.
+    right when it is for both; see `match` for which is which.
+    """
+    return match(seen, wanted)[1]
+
+
+def match(seen: Scene, wanted: Scene) -> tuple[tuple[int, ...], dict[str, bool]]:
+    """Which object of `seen` is taken for each one of `wanted`, and the marks of that.
+
+    It is the order that gets most right; when a relation is named, the reverse order makes the
+    relation wrong.
     """
 
-    def attempts() -> Iterator[dict[str, bool]]:
-        things = seen.objects + (Thing(),) * (len(wanted.objects) - len(seen.objects))
-        slots = range(len(things))
-        for order in permutations(slots, len(wanted.objects)):
-            result = {"count": len(seen.objects) == len(wanted.objects)}
-            for name in ATTRIBUTES:
-                pairs = [
-                    (getattr(want, name), getattr(things[slot], name))
-                    for want, slot in zip(wanted.objects, order, strict=True)
-                    if getattr(want, name)
-                ]
-                if pairs:
-                    result[name] = all(want == have for want, have in pairs)
-            if wanted.relation:
-                result["relation"] = seen.relation == wanted.relation and order == (0, 1)
-            if wanted.background:
-                result["background"] = seen.background == wanted.background
-            yield result
+    def attempt(order: tuple[int, ...]) -> dict[str, bool]:
+        result = {"count": len(seen.objects) == len(wanted.objects)}
+        for name in ATTRIBUTES:
+            pairs = [
+                (getattr(want, name), getattr(things[slot], name))
+                for want, slot in zip(wanted.objects, order, strict=True)
+                if getattr(want, name)
+            ]
+            if pairs:
+                result[name] = all(want == have for want, have in pairs)
+        if wanted.relation:
+            result["relation"] = seen.relation == wanted.relation and order == (0, 1)
+        if wanted.background:
+            result["background"] = seen.background == wanted.background
+        return result
 
-    best = max(attempts(), key=lambda result: sum(result.values()))
-    return {**best, "all": all(best.values())}
+    things = seen.objects + (Thing(),) * (len(wanted.objects) - len(seen.objects))
+    attempts = {o: attempt(o) for o in permutations(range(len(things)), len(wanted.objects))}
+    order, best = max(attempts.items(), key=lambda item: sum(item[1].values()))
+    return order, {**best, "all": all(best.values())}
 
 
 def targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:

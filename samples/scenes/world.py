@@ -93,6 +93,22 @@ def sample_scene(rng: np.random.Generator, things: int | None = None) -> Scene:
     return Scene(objects, relation, str(rng.choice(tuple(BACKGROUNDS))))
 
 
+def complete(wanted: Scene, rng: np.random.Generator) -> Scene:
+    """A full scene from the true distribution given a partial one (from `parse`).
+
+    What is open is uniform and independent of what is named, because so are the scenes, and which
+    of its attributes a caption names does not depend on them.
+    """
+    free = sample_scene(rng, len(wanted.objects))
+    objects = tuple(
+        Thing(**{name: getattr(want, name) or getattr(drawn, name) for name in ATTRIBUTES})
+        for want, drawn in zip(wanted.objects, free.objects, strict=True)
+    )
+    if len(objects) == 2 and wanted.relation is None and rng.random() < 0.5:
+        objects = objects[::-1]
+    return Scene(objects, wanted.relation or free.relation, wanted.background or free.background)
+
+
 def fits(scene: Scene, wanted: Scene) -> bool:
     """Whether a scene shows everything a partial one (from `parse`) asks for."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,16 +16,19 @@ from steps import guide, random_triple
 from test_methods import FLOW_ONLY, LAWS, TYPICAL, acting, distilled_flux, step_of
 from tiny import latents_of, sd3_prompt, tiny_sd, tiny_sd3
 from tiny_families import FAMILIES, final_latents
+from waiting import watch_steps
 
-from guidancekit import CFG, PAG, Prediction, SideBySide
-from guidancekit.engine.run import Run
+from guidancekit import APG, CFG, ICG, NAG, PAG, TSG, Prediction, SideBySide
 from guidancekit.registry import methods
+from guidancekit.tensors import Noise
+from guidancekit.trace import Trace
 
 DTYPES = [torch.float16, torch.bfloat16]
 STEPS = 4
-# They read the device: a latch, a choice among candidates or a user's functions decide what is
-# evaluated next.
-READ_THE_DEVICE = {"adaptive", "feedback", "fbg", "gfcg"}
+DIFFERENT_BATCH = 16
+"""In units of eps, how far runs are apart whose networks round differently, in another batch: 3 to
+4 on a CPU whose networks' outputs were changed at random by one."""
+READ_THE_DEVICE = {"adaptive"}  # a latch decides what is evaluated next
 
 
 def steps_on_both(guidance, dtype, triple):
@@ -121,38 +125,94 @@ def test_runs_are_as_exact_as_on_the_cpu(name, dtype):
     assert float((on_cuda - exact).norm() / exact.norm()) <= 4 * usual + 0.01
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4, 64, 64), (3, 77, 16), (2, 9)], ids=str)
+def test_draws_are_those_of_the_cpu(shape, dtype):
+    here, there = Noise(5, "a"), Noise(5, "a")
+    for _ in range(3):  # one after the other, while copies are under way
+        drawn = there(torch.empty(shape, device="cuda", dtype=dtype))
+        assert drawn.device.type == "cuda" and drawn.dtype == torch.float32
+        assert torch.equal(drawn.cpu(), here(torch.empty(shape)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("guidance", [CFG() + PAG(), CFG() + ICG(2.0), CFG() + TSG(low=0.0)])
+def test_joined_passes_predict_the_same(guidance, dtype):
+    pipe = pipeline("", "cuda", dtype)
+    found = []
+    for joined in (False, True):
+        with guidance.attach(pipe, joined=joined):
+            latents = latents_of(pipe, steps=STEPS, num_images_per_prompt=2)
+            found.append(latents.float())
+            assert {step.calls for step in guidance.report().steps} == {1 if joined else 2}
+    apart, together = found
+    assert (together - apart).norm() <= DIFFERENT_BATCH * torch.finfo(dtype).eps * apart.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_side_by_side_is_each_alone(dtype):
+    pipe, terms = pipeline("", "cuda", dtype), [CFG(6.0), APG(9.0), CFG(1.0)]
+    prompts = ["a red star", "a blue ring"]
+
+    def noise(count):
+        drawn = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+        return drawn.repeat_interleave(count, dim=0).to("cuda", dtype)
+
+    with SideBySide(terms).attach(pipe):
+        together = latents_of(
+            pipe, steps=STEPS, prompt=prompts, latents=noise(3), num_images_per_prompt=3
+        ).float()
+    for i, term in enumerate(terms):
+        with term.attach(pipe):
+            alone = latents_of(pipe, steps=STEPS, prompt=prompts, latents=noise(1)).float()
+        away = (together[i::3] - alone).norm()
+        assert away <= DIFFERENT_BATCH * torch.finfo(dtype).eps * alone.norm(), term
+
+
 # --- the step path does not wait for the device --------------------------------------------------
+
+
+@contextmanager
+def waiting_is_an(outcome):
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(outcome)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """Within a guided step, after the first, anything that waits for the device is an error."""
-    guided = Run._guide
-
-    def strictly(self, scope):
-        waits = self.position == self.first
-        torch.cuda.set_sync_debug_mode("default" if waits else "error")
-        try:
-            guided(self, scope)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(Run, "_guide", strictly)
+    """In the steps of a run, after the first, what guidancekit does must not wait for the device,
+    the network's evaluations included."""
+    strict, lax = (functools.partial(waiting_is_an, outcome) for outcome in ("error", "default"))
+    watch_steps(monkeypatch, strict, lax)
 
 
 @pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", sorted({*methods()} - READ_THE_DEVICE))
-def test_steps_do_not_wait(name):
-    assert torch.isfinite(draw(name, "cuda", torch.float16)).all()
+def test_steps_do_not_wait(name, dtype):
+    assert torch.isfinite(draw(name, "cuda", dtype)).all()
 
 
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("guidance", [CFG() + PAG(), SideBySide([CFG(), CFG() + PAG()])], ids=repr)
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        CFG() + PAG(),
+        SideBySide([CFG(), CFG() + PAG()]),
+        SideBySide([CFG(), CFG(1.0), APG(8.0), NAG(), ICG(3.0), CFG() + TSG(low=0.0)]),
+    ],
+    ids=repr,
+)
 def test_compositions_do_not_wait(guidance, joined):
     pipe = pipeline("", "cuda", torch.float16)
-    with guidance.attach(pipe, joined=joined):
-        latents = latents_of(pipe, steps=STEPS, num_images_per_prompt=2, height=32, width=32)
+    options = {"prompt": ["a red star", "a blue ring"], "num_images_per_prompt": 6}
+    with guidance.attach(pipe, watch=Trace(), joined=joined):
+        latents = latents_of(pipe, steps=STEPS, height=32, width=32, **options)
     assert torch.isfinite(latents).all()
 
 

@@ -1,0 +1,1 @@
+"""The laboratory: what each method really does, measured where the truth is known."""

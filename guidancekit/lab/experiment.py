@@ -1,0 +1,288 @@
+"""Runs of the laboratory: many pictures per setting, kept in files, shared by processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .. import bundled
+from ..engine import Watch
+from ..errors import GuidanceError
+from ..files import written_whole
+from ..generate import refusals, scale_name, warm_up, with_scale
+from ..loading import default_scale, load_pipeline
+from ..recipe import Recipe, installed_versions
+from ..registry import parse
+from ..series import Process
+from ..step import Prediction, Step
+from ..trace import Trace
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting: `method` as it was asked for, at `scale`, and the recipe that all pictures share.
+
+    The recipe's prompt and seed mean nothing. `scale` is None where the method has its own.
+    """
+
+    method: str
+    scale: float | None
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        """The method and the scale."""
+        return self.method if self.scale is None else f"{self.method} {self.scale:g}"
+
+
+def arm(base: Recipe, method: str, scale: float | None = None) -> Arm:
+    """`method` at `scale`, with the presets for the model; see `guidancekit.generate.with_scale`."""
+    guidance, given = with_scale(method, scale, family=bundled.family(base.model))
+    given = default_scale(base.model) if given is None else given
+    return Arm(method, scale, replace(base, guidance=guidance, guidance_scale=given))
+
+
+class Ask(NamedTuple):
+    """What a picture was asked to be: the number of its prompt, the prompt, its seed."""
+
+    number: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The prompts that every arm is asked, each with `seeds` seeds, in calls of `batch` pictures.
+
+    The starting noise depends on the prompt's number and the seed alone, so all arms share it.
+    `first_seed` gives fresh noise.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: int
+    batch: int = 64
+    negative: str = ""
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise GuidanceError("there are no prompts: give at least one.")
+        for name in ("seeds", "batch"):
+            if getattr(self, name) < 1:
+                raise GuidanceError(f"{name}: found {getattr(self, name)}, expected at least 1.")
+
+    @property
+    def asks(self) -> list[Ask]:
+        """One per picture."""
+        return [
+            Ask(number, prompt, 100_000 * number + self.first_seed + seed)
+            for number, prompt in enumerate(self.prompts)
+            for seed in range(self.seeds)
+        ]
+
+    @property
+    def batches(self) -> list[list[Ask]]:
+        """The pictures of one call each: the same whoever makes them, down to the last bit."""
+        asks = self.asks
+        return [asks[i : i + self.batch] for i in range(0, len(asks), self.batch)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the pipeline that is asked for, and the file its pictures go to."""
+
+    path: Path
+    arm: Arm
+    asks: tuple[Ask, ...]
+    negative: str
+
+
+def jobs(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Job]:
+    """The calls that arms take. Equal settings have equal files, in whatever order they are asked."""
+    made = {}
+    for each in arms:
+        recipe = replace(each.recipe, device="cpu", versions={}, seed=0, prompt="-").to_json()
+        words = re.sub(r"[^a-z0-9]+", "-", each.recipe.guidance.lower()).strip("-")[:40]
+        for asks in questions.batches:
+            text = f"{recipe}\n{asks}\n{questions.negative}"
+            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            path = out / "runs" / f"{each.recipe.model.rpartition('/')[2]}-{words}-{key}.npz"
+            made[path] = Job(path, each, tuple(asks), questions.negative)
+    return list(made.values())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The finished pictures of an arm.
+
+    `pictures` (n, H, W, 3) uint8, `number` (n,) the prompts' numbers, `effective_scale` and
+    `latent_std` (n,), the latter of the last predicted clean latent; `steps` has one row per step:
+    noise level, and means over all pictures of scale, difference and cosine (see `TracePoint`).
+    """
+
+    pictures: Array
+    number: Array
+    effective_scale: Array
+    latent_std: Array
+    steps: Array
+    rows: float
+    """Network rows per picture."""
+    seconds: float
+    """Per picture, in calls of the given batch size."""
+    memory: float
+    """Highest memory of the graphics card in bytes; NaN elsewhere."""
+
+
+def run(
+    todo: Sequence[Job], process: Process, tell: Callable[[Job], None] = lambda job: None
+) -> None:
+    """Make the calls whose file is not there yet, as far as they are this process's.
+
+    `tell` is called after each. A file appears whole or not at all, so a broken run goes on where
+    it was. What a pipeline refuses does not stop the others; see `refusal`.
+    """
+    pipe, loaded = None, None
+    refused: set[str] = set()
+    mine = {path for path, _ in process.share([(job.path, job.arm.recipe) for job in todo])}
+    for job in todo:
+        recipe = job.arm.recipe
+        if job.path not in mine or job.path.exists():
+            continue
+        if recipe.to_json() not in refused:  # else it would refuse the other calls too
+            if loaded != (recipe.model, recipe.scheduler, recipe.dtype):
+                pipe = None  # let go of the last model before the next is loaded
+                pipe = load_pipeline(recipe, process.device)
+                loaded = (recipe.model, recipe.scheduler, recipe.dtype)
+                warm_up(pipe, recipe)
+            try:
+                result = make(pipe, job)
+            except GuidanceError as error:
+                refused.add(recipe.to_json())
+                with written_whole(_note(job)) as file:
+                    file.write(str(error).encode())
+            else:
+                with written_whole(job.path) as file:
+                    np.savez_compressed(file, **result)
+                _note(job).unlink(missing_ok=True)
+        tell(job)
+
+
+def refusal(todo: Sequence[Job]) -> str | None:
+    """Why calls of one arm could not be made, if so."""
+    notes = [_note(job) for job in todo if not job.path.exists() and _note(job).exists()]
+    return notes[0].read_text() if notes else None
+
+
+def _note(job: Job) -> Path:
+    return job.path.with_suffix(".refused")
+
+
+def make(pipe: Any, job: Job) -> dict[str, Array]:
+    """One call of the pipeline, as arrays; see `read`."""
+    recipe = job.arm.recipe
+    trace, latents = Trace(), _LastLatent()
+    given: dict[str, Any] = {
+        "prompt": [ask.prompt for ask in job.asks],
+        "num_inference_steps": recipe.steps,
+        "generator": [torch.Generator("cpu").manual_seed(ask.seed) for ask in job.asks],
+        "output_type": "np",
+        scale_name(pipe): recipe.guidance_scale,
+    }
+    if job.negative:
+        given["negative_prompt"] = [job.negative] * len(job.asks)
+    if recipe.size is not None:
+        given["width"], given["height"] = recipe.size
+    if cuda := str(pipe.device).startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    with (
+        warnings.catch_warnings(),
+        parse(recipe.guidance).attach(pipe, watch=_both(trace, latents)) as guidance,
+    ):
+        warnings.simplefilter("ignore")
+        started = time.perf_counter()
+        with refusals(pipe):
+            pictures = pipe(**given).images
+        seconds = time.perf_counter() - started
+        report = guidance.report()
+    scales = [torch.as_tensor(step.scale, dtype=torch.float32).cpu() for step in report.steps]
+    scale = torch.stack([each.expand(len(job.asks)) for each in scales]).mean(0)
+    facts = {
+        "recipe": asdict(recipe),
+        "negative": job.negative,
+        "prompts": given["prompt"],
+        "seeds": [ask.seed for ask in job.asks],
+        "rows": report.rows,
+        "seconds": seconds,
+        "memory": torch.cuda.max_memory_allocated() if cuda else None,
+        "versions": installed_versions(),
+    }
+    return {
+        "pictures": np.rint(np.asarray(pictures) * 255).astype(np.uint8),
+        "number": np.array([ask.number for ask in job.asks]),
+        "effective_scale": scale.numpy(),
+        "latent_std": latents.std.cpu().numpy(),
+        "steps": np.array([[p.noise, p.scale, p.difference, p.cosine] for p in trace.points]),
+        "facts": np.array(json.dumps(facts)),
+    }
+
+
+def read(todo: Sequence[Job]) -> Sample | None:
+    """The pictures of the calls of one arm, which must all be there; None if one is missing."""
+    if not todo or not all(job.path.exists() for job in todo):
+        return None
+    parts = []
+    for job in todo:
+        try:
+            with np.load(job.path, allow_pickle=False) as file:
+                parts.append({name: file[name] for name in file.files})
+        except (OSError, ValueError, KeyError) as error:
+            raise GuidanceError(
+                f"{job.path} is damaged ({error}): delete it, and run the same command again."
+            ) from error
+    facts = [json.loads(str(part["facts"])) for part in parts]
+    counts = np.array([len(part["number"]) for part in parts])
+
+    def joined(name: str) -> Array:
+        return np.concatenate([part[name] for part in parts])
+
+    def total(name: str) -> float:
+        return float(sum(fact[name] for fact in facts))
+
+    return Sample(
+        joined("pictures"),
+        joined("number"),
+        joined("effective_scale"),
+        joined("latent_std"),
+        np.average([part["steps"] for part in parts], axis=0, weights=counts),
+        total("rows") / counts.sum(),
+        total("seconds") / counts.sum(),
+        float(max(fact["memory"] or np.nan for fact in facts)),
+    )
+
+
+class _LastLatent:
+    """Watches a run for the standard deviation of the clean latent that it ends with, (n,)."""
+
+    def __call__(self, step: Step, guided: Prediction) -> None:
+        if step.index == step.total - 1:
+            self.std = guided.x0.flatten(1).std(dim=1)
+
+
+def _both(*watches: Watch) -> Watch:
+    def look(step: Step, guided: Prediction) -> None:
+        for watch in watches:
+            watch(step, guided)
+
+    return look

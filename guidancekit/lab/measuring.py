@@ -1,0 +1,157 @@
+"""From samples to figures: everything that is known of the pictures of an arm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .. import bundled
+from ..loading import load_pipeline
+from ..measures import STATISTICS
+from ..recipe import Recipe
+from . import metrics
+from .experiment import Array, Questions, Sample
+from .metrics import Figure, Metric, figure, mean
+from .scenes import RENDERS, TRUTH_SEED, Judge
+
+NEAR = 16  # true pictures per caption for precision and recall, whose cost grows with the square
+
+WORDS = {
+    "adherence": "everything that the caption names is right",
+    "diversity": "how much the pictures of a caption differ in what it leaves free; 1 is the truth",
+    "total_variation": "preferences among what is free, all captions together",
+    "precision": "pictures that lie among true ones",
+    "recall": "true pictures that lie among those drawn",
+    "frechet": "Frechet distance to true pictures of the same captions, recogniser's features",
+    "colour_error": "distance of backgrounds from the palette, 0 to 1",
+    "pixel_diversity": "root mean square distance of two pictures of a caption, 0 to 1",
+    "saturation": "mean HSV saturation",
+    "clipping": "pixels at the end of their range",
+    "luminance": "mean luma",
+    "contrast": "standard deviation of the luma",
+    "colourfulness": "spread and strength of the opponent colours",
+    "sharpness": "variance of the luma's Laplacian",
+    "latent_std": "standard deviation of the last predicted clean latent",
+    "effective_scale": "how far along cond - uncond, averaged over the steps",
+    "negative_shown": "pictures that show what the negative prompt names",
+}
+"""All figures, and what they are."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of an arm, by name, and what it cost per picture."""
+
+    figures: dict[str, Figure]
+    rows: float
+    seconds: float
+    memory: float
+
+
+@dataclass
+class Laboratory:
+    """Measures samples that answer `questions`; of the scenes world if there is a `judge`."""
+
+    questions: Questions
+    judge: Judge | None = None
+
+    @property
+    def captions(self) -> int:
+        return len(self.questions.prompts)
+
+    def measure(self, sample: Sample) -> Measured:
+        """Every figure that can be had."""
+        pictures, number = sample.pictures.astype(np.float32) / 255, sample.number
+        found: dict[str, Metric] = {}
+        if self.judge is not None:
+            found |= self._seen(self.judge, sample.pictures, number)
+        for name, statistic in STATISTICS.items():
+            found[name] = mean(statistic(pictures), number)
+        found["pixel_diversity"] = metrics.pixel_diversity(sample.pictures, number)
+        found["latent_std"] = mean(sample.latent_std, number)
+        found["effective_scale"] = mean(sample.effective_scale, number)
+        figures = {name: figure(metric, self.captions) for name, metric in found.items()}
+        known = {name: each for name, each in figures.items() if not np.isnan(each.value)}
+        return Measured(known, sample.rows, sample.seconds, sample.memory)
+
+    def _seen(self, judge: Judge, pictures: Array, number: Array) -> dict[str, Metric]:
+        """What a recogniser sees, against the truth."""
+        prompts = [self.questions.prompts[i] for i in number]
+        seen = judge.look(pictures, prompts)
+        sizes = {name: len(words) for name, words in judge.vocabularies.items()}
+        near = self._near
+        close, true_number = self._truth.features[near], self._truth.number[near]
+        precision, recall = metrics.precision_recall(seen.features, number, close, true_number)
+        true = self._truth
+        found = {
+            "adherence": mean(seen.marks["all"], number),
+            "diversity": metrics.diversity(seen.factors, sizes, number),
+            "total_variation": metrics.total_variation(seen.factors, sizes, number),
+            "precision": precision,
+            "recall": recall,
+            "frechet": metrics.frechet(seen.features, number, true.features, true.number),
+            "colour_error": mean(seen.colour_error, number),
+        }
+        for name, marks in seen.marks.items():
+            if name != "all":
+                found[f"{name} right"] = mean(marks, number)
+        if self.questions.negative:
+            unwanted = [self.questions.negative] * len(pictures)
+            shown = judge.look(pictures, unwanted).marks["all"]
+            found["negative_shown"] = mean(shown, number)
+        return found
+
+    @cached_property
+    def _truth(self) -> _Truth:
+        assert self.judge is not None
+        pictures = [self.judge.truth(prompt, RENDERS) for prompt in self.questions.prompts]
+        number = np.repeat(np.arange(self.captions), RENDERS)
+        prompts = [self.questions.prompts[i] for i in number]
+        return _Truth(self.judge.look(np.concatenate(pictures), prompts).features, number)
+
+    @cached_property
+    def _near(self) -> Array:
+        return np.arange(len(self._truth.number)) % RENDERS < NEAR
+
+    def truth(self) -> Measured:
+        """What the true distribution scores with as many pictures: no arm can be better."""
+        return self.measure(self._true_sample())
+
+    def decoded_truth(self, model: str) -> Measured:
+        """The same through the autoencoder of an embedded model: what it leaves within reach."""
+        sample = self._true_sample()
+        vae = load_pipeline(Recipe(prompt="-", model=model), "cpu").vae
+        x = torch.from_numpy(sample.pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            parts = [vae.decode(vae.encode(part).latents).sample for part in x.split(64)]
+        y = (torch.cat(parts).permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+        return self.measure(replace(sample, pictures=(y * 255).round().byte().numpy()))
+
+    def _true_sample(self) -> Sample:
+        assert self.judge is not None
+        number = np.repeat(np.arange(self.captions), self.questions.seeds)
+        pictures = np.concatenate(
+            [
+                self.judge.truth(prompt, self.questions.seeds, TRUTH_SEED + 1)
+                for prompt in self.questions.prompts
+            ]
+        )
+        unknown = np.full(len(number), np.nan)
+        steps = np.empty((0, 4))
+        return Sample(pictures, number, unknown, unknown, steps, float("nan"), 0.0, float("nan"))
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """Features of true pictures, `RENDERS` per caption."""
+
+    features: Array
+    number: Array
+
+
+def is_scenes(model: str) -> bool:
+    """Whether a model draws scenes."""
+    return model in bundled.MODELS
