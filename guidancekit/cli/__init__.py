@@ -11,11 +11,21 @@ from collections.abc import Sequence
 
 from ..errors import GuidanceError
 from ..recipe import installed_versions
-from . import app, compare, doctor, explain, fit, generate, grid, methods
+from . import app, bench, compare, doctor, explain, fit, generate, grid, methods
 from .options import Parser
 from .talk import one_line_warnings
 
-COMMANDS = (generate, compare, grid, explain, fit, doctor, app, methods)  # in the order of --help
+COMMANDS = (
+    generate,
+    compare,
+    grid,
+    explain,
+    bench,
+    fit,
+    doctor,
+    app,
+    methods,
+)  # in the order of --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

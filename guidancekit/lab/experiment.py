@@ -7,6 +7,7 @@ import json
 import re
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,9 +33,9 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting: `method` as it was asked for, at `scale`, and the recipe that all pictures share.
+    """One setting: `method` as it was asked for, at `scale`, and the recipe of all its pictures.
 
-    The recipe's prompt and seed mean nothing. `scale` is None where the method has its own.
+    That recipe's prompt and seed mean nothing. `scale` is None where the method has its own.
     """
 
     method: str
@@ -48,7 +49,7 @@ class Arm:
 
 
 def arm(base: Recipe, method: str, scale: float | None = None) -> Arm:
-    """`method` at `scale`, with the presets for the model; see `guidancekit.generate.with_scale`."""
+    """`method` at `scale`, with the presets for the model; see `with_scale`."""
     guidance, given = with_scale(method, scale, family=bundled.family(base.model))
     given = default_scale(base.model) if given is None else given
     return Arm(method, scale, replace(base, guidance=guidance, guidance_scale=given))
@@ -110,7 +111,7 @@ class Job:
 
 
 def jobs(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Job]:
-    """The calls that arms take. Equal settings have equal files, in whatever order they are asked."""
+    """The calls that arms take. Equal settings have equal files, whatever else is asked."""
     made = {}
     for each in arms:
         recipe = replace(each.recipe, device="cpu", versions={}, seed=0, prompt="-").to_json()
@@ -189,7 +190,7 @@ def _note(job: Job) -> Path:
     return job.path.with_suffix(".refused")
 
 
-def make(pipe: Any, job: Job) -> dict[str, Array]:
+def make(pipe: Any, job: Job) -> dict[str, Any]:
     """One call of the pipeline, as arrays; see `read`."""
     recipe = job.arm.recipe
     trace, latents = Trace(), _LastLatent()
@@ -247,7 +248,7 @@ def read(todo: Sequence[Job]) -> Sample | None:
         try:
             with np.load(job.path, allow_pickle=False) as file:
                 parts.append({name: file[name] for name in file.files})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise GuidanceError(
                 f"{job.path} is damaged ({error}): delete it, and run the same command again."
             ) from error

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .. import bundled
 from ..loading import load_pipeline
 from ..measures import STATISTICS
 from ..recipe import Recipe
@@ -107,10 +106,18 @@ class Laboratory:
     @cached_property
     def _truth(self) -> _Truth:
         assert self.judge is not None
-        pictures = [self.judge.truth(prompt, RENDERS) for prompt in self.questions.prompts]
-        number = np.repeat(np.arange(self.captions), RENDERS)
+        pictures, number = self._renders(RENDERS, TRUTH_SEED)
         prompts = [self.questions.prompts[i] for i in number]
-        return _Truth(self.judge.look(np.concatenate(pictures), prompts).features, number)
+        return _Truth(self.judge.look(pictures, prompts).features, number)
+
+    def _renders(self, count: int, seed: int) -> tuple[Array, Array]:
+        """True pictures, `count` per caption, and the captions' numbers."""
+        assert self.judge is not None
+        parts = [
+            self.judge.truth(prompt, count, (seed, number))
+            for number, prompt in enumerate(self.questions.prompts)
+        ]
+        return np.concatenate(parts), np.repeat(np.arange(self.captions), count)
 
     @cached_property
     def _near(self) -> Array:
@@ -131,14 +138,7 @@ class Laboratory:
         return self.measure(replace(sample, pictures=(y * 255).round().byte().numpy()))
 
     def _true_sample(self) -> Sample:
-        assert self.judge is not None
-        number = np.repeat(np.arange(self.captions), self.questions.seeds)
-        pictures = np.concatenate(
-            [
-                self.judge.truth(prompt, self.questions.seeds, TRUTH_SEED + 1)
-                for prompt in self.questions.prompts
-            ]
-        )
+        pictures, number = self._renders(self.questions.seeds, TRUTH_SEED + 1)
         unknown = np.full(len(number), np.nan)
         steps = np.empty((0, 4))
         return Sample(pictures, number, unknown, unknown, steps, float("nan"), 0.0, float("nan"))
@@ -150,8 +150,3 @@ class _Truth:
 
     features: Array
     number: Array
-
-
-def is_scenes(model: str) -> bool:
-    """Whether a model draws scenes."""
-    return model in bundled.MODELS

@@ -160,11 +160,11 @@ def precision_recall(
 
     def precision(kept: Array) -> float:
         a, b = masks(kept)
-        return float((across[a][:, b] <= reach("theirs", b)).any(1).double().mean())
+        return float((reach("theirs", b) >= across[a][:, b]).any(1).double().mean())
 
     def recall(kept: Array) -> float:
         a, b = masks(kept)
-        return float((across[a][:, b].T <= reach("ours", a)).any(1).double().mean())
+        return float((reach("ours", a) >= across[a][:, b].T).any(1).double().mean())
 
     return precision, recall
 

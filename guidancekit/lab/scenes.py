@@ -20,7 +20,7 @@ from .experiment import Array
 
 RENDERS = 64  # true pictures per caption that samples are held against
 TRUTH_SEED = 11
-COMPONENTS = 32  # of the recogniser's 160 features: 97 % of their variance
+COMPONENTS = 32  # of the recogniser's 160 features: 89 % of their variance
 LAYOUT = "layout"
 """Relation and order of two objects, where a caption leaves both open."""
 
@@ -84,7 +84,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.here = world()
-        self.network = self.here.recogniser.load()
+        self.network = self.here.recogniser.load().requires_grad_(False)
 
     @cached_property
     def vocabularies(self) -> dict[str, tuple]:
@@ -97,7 +97,7 @@ class Judge:
 
     @cached_property
     def components(self) -> tuple[Array, Array]:
-        """Mean (160,) and scaled principal components (160, COMPONENTS) over scenes of all kinds."""
+        """Mean (160,) and scaled principal components (160, COMPONENTS) over all scenes."""
         features = self._features(self.truth("", 2048)).numpy()
         centred = features - features.mean(0)
         vectors = np.linalg.svd(centred, full_matrices=False)[2][:COMPONENTS].T
@@ -107,7 +107,6 @@ class Judge:
         parts = torch.split(self.here.recogniser.to_input(pictures), 256)
         return torch.cat([self.network.features(part) for part in parts])
 
-    @torch.no_grad()
     def look(self, pictures: Array, prompts: Sequence[str]) -> Seen:
         """What uint8 pictures (n, 64, 64, 3) show; the empty prompt leaves everything open."""
         features = self._features(pictures)
@@ -155,9 +154,9 @@ class Judge:
         palette = np.array([self.here.world.BACKGROUNDS[scene.background] for scene in scenes])
         return np.sqrt(np.square((np.median(edge, axis=1) - palette) / 255).mean(axis=1))
 
-    def truth(self, prompt: str, count: int, seed: int = TRUTH_SEED) -> Array:
+    def truth(self, prompt: str, count: int, seed: tuple[int, ...] = (TRUTH_SEED,)) -> Array:
         """Fresh renders of what a caption may mean, uint8 (count, 64, 64, 3)."""
-        rng = np.random.default_rng([seed, *prompt.encode()])
+        rng = np.random.default_rng([*seed, *prompt.encode()])
         wanted = self.here.world.parse(prompt) if prompt else None
         scenes = [
             self.here.world.complete(wanted, rng) if wanted else self.here.world.sample_scene(rng)

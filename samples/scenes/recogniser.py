@@ -101,7 +101,7 @@ def load(path: Path = WEIGHTS) -> Recogniser:
 
 
 def to_input(pictures: Sequence | np.ndarray) -> Tensor:
-    """PIL images or arrays of shape (64, 64, 3), uint8 or floats in [0, 1], as the network's input."""
+    """PIL images or arrays (64, 64, 3), uint8 or floats in [0, 1], as the network's input."""
     array = np.stack([np.asarray(picture) for picture in pictures])
     if array.shape[1:] != (64, 64, 3):
         raise ValueError(f"pictures must be of shape (64, 64, 3), these are {array.shape[1:]}")

@@ -1,0 +1,153 @@
+"""`guidancekit bench`: methods times scales times prompts times seeds, and their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import bundled
+from ..errors import GuidanceError
+from ..generate import follows_pipeline, with_scale
+from ..recipe import Recipe
+from ..registry import methods, parse
+from ..series import Process
+from .experiment import Arm, Job, Questions, Sample, arm, jobs, read, refusal, run
+from .matching import STRENGTHS, Match, match
+from .measuring import Laboratory, Measured
+from .scenes import Judge
+
+Tell = Callable[[Job], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An arm with its figures, or why it has none; `match` where its scale was searched for."""
+
+    arm: Arm
+    measured: Measured | None = None
+    refused: str | None = None
+    match: Match | None = None
+
+
+@dataclass
+class Bench:
+    """Arms that answer the same questions, with their files in the folder `out`."""
+
+    out: Path
+    questions: Questions
+    process: Process = field(default_factory=lambda: Process("cpu"))
+
+    def __post_init__(self) -> None:
+        self._laboratories: dict[bool, Laboratory] = {}
+
+    def laboratory(self, model: str) -> Laboratory:
+        """What measures the pictures of a model: the embedded ones draw scenes."""
+        scenes = model in bundled.MODELS
+        if scenes not in self._laboratories:
+            judge = Judge() if scenes else None
+            self._laboratories[scenes] = Laboratory(self.questions, judge)
+        return self._laboratories[scenes]
+
+    def jobs(self, arms: Sequence[Arm]) -> list[Job]:
+        """The calls of the pipeline that arms take."""
+        return jobs(self.out, arms, self.questions)
+
+    def run(self, arms: Sequence[Arm], tell: Tell = lambda job: None) -> None:
+        """Make this process's share of the pictures that are not there yet."""
+        run(self.jobs(arms), self.process, tell)
+
+    def sample(self, each: Arm) -> Sample | None:
+        """The pictures of an arm; None where some are missing."""
+        return read(self.jobs([each]))
+
+    def result(self, each: Arm, found: Match | None = None) -> Result | None:
+        """The figures of an arm, or its refusal; None while other processes are at work on it."""
+        sample = self.sample(each)
+        if sample is None:
+            refused = refusal(self.jobs([each]))
+            return Result(each, refused=refused, match=found) if refused else None
+        return Result(each, self.laboratory(each.recipe.model).measure(sample), match=found)
+
+    def results(self, arms: Sequence[Arm]) -> list[Result] | None:
+        """Those of all arms; None while other processes are at work."""
+        found = [self.result(each) for each in arms]
+        return [each for each in found if each] if all(found) else None
+
+    def matched(
+        self, baseline: Arm, names: Sequence[str], kind: str, tell: Tell = lambda job: None
+    ) -> list[Result] | None:
+        """The baseline, and each method at the scale at which its figure `kind` is the same.
+
+        `kind` is a name of `STRENGTHS`. Processes share the methods; None while others are at work.
+        """
+        name = STRENGTHS[kind]
+        run(self.jobs([baseline]), Process(self.process.device), tell)
+        first = self.result(baseline)
+        assert first is not None
+        if first.measured is None or name not in first.measured.figures:
+            raise GuidanceError(
+                f"--match {kind}: {baseline.label} on {baseline.recipe.model} has no such figure"
+                + (f": {first.refused}" if first.refused else ", which only scenes have.")
+            )
+        target = first.measured.figures[name].value
+        found = [
+            self._matched(baseline, method, name, target, tell, at % self.process.count)
+            for at, method in enumerate(names)
+        ]
+        return [first, *(each for each in found if each)] if all(found) else None
+
+    def _matched(
+        self, baseline: Arm, method: str, name: str, target: float, tell: Tell, whose: int
+    ) -> Result | None:
+        mine = whose == self.process.index
+        results: dict[float, Result] = {}
+
+        def value(scale: float) -> float:
+            each = arm(baseline.recipe, method, scale)
+            if mine:
+                run(self.jobs([each]), Process(self.process.device), tell)
+            found = self.result(each)
+            if found is None or found.measured is None or name not in found.measured.figures:
+                raise _Stop(found)
+            results[scale] = found
+            return found.measured.figures[name].value
+
+        try:
+            best = match(value, target, falling=name == "diversity")
+        except _Stop as stop:
+            return stop.result
+        found = results[best.scale]
+        return Result(found.arm, found.measured, match=best)
+
+
+class _Stop(Exception):  # noqa: N818 - it stops a search, nothing is wrong
+    """There is no figure to bisect on: a refusal, or None where another process is at work."""
+
+    def __init__(self, result: Result | None) -> None:
+        if result is not None and result.refused is None:
+            result = Result(result.arm, refused="has no figure of this kind")
+        self.result = result
+
+
+def make_arms(base: Recipe, names: Sequence[str], scales: Sequence[float]) -> list[Arm]:
+    """Methods times scales on the model of `base`; "all" are all that need no further settings.
+
+    A method whose scale is not that of CFG (SAG, NAG...), or that names it, stands there once.
+    Raises `GuidanceError` for an unknown method or an unfit value.
+    """
+    family = bundled.family(base.model)
+    rest = [name for name in methods() if "all" in names and name not in names]
+    arms = []
+    for name in dict.fromkeys([*(name for name in names if name != "all"), *rest]):
+        try:
+            guidance, _ = with_scale(name, None, family=family)
+        except GuidanceError:
+            if name not in rest:
+                raise
+            continue
+        free = scales and follows_pipeline(parse(guidance))
+        arms += [arm(base, name, scale) for scale in (scales if free else (None,))]
+    if not arms:
+        raise GuidanceError("there is no method to measure: give names, for example cfg,apg.")
+    return arms

@@ -1,0 +1,226 @@
+"""The laboratory's runs: the same whoever makes them, resumed, refused, matched, judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from guidancekit import bundled
+from guidancekit.cli import main
+from guidancekit.errors import GuidanceError
+from guidancekit.lab import claims, report
+from guidancekit.lab.bench import Bench, make_arms
+from guidancekit.lab.claims import CLAIMS, Claim, Setting, Verdict
+from guidancekit.lab.experiment import Questions, arm
+from guidancekit.lab.matching import match
+from guidancekit.lab.measuring import WORDS
+from guidancekit.lab.metrics import Figure
+from guidancekit.lab.scenes import captions
+from guidancekit.recipe import Recipe
+from guidancekit.registry import methods
+from guidancekit.series import Process
+
+STEPS = 3
+BASE = Recipe(prompt="-", model="scenes-unet", steps=STEPS)
+ASKED = Questions(("a red star", "a ring", "a blue heart above a cross"), seeds=2, batch=4)
+
+
+def test_the_noise_hangs_on_prompt_and_seed_alone():
+    more = replace(ASKED, seeds=3, batch=1)
+    assert set(ASKED.asks) < set(more.asks)
+    assert len({ask.seed for ask in more.asks}) == 9
+    assert not set(ASKED.asks) & set(replace(ASKED, first_seed=50).asks)
+    assert [len(batch) for batch in ASKED.batches] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"prompts": ()}, "no prompts"), ({"seeds": 0}, "seeds: found 0")]
+)
+def test_questions_that_ask_nothing_are_refused(change, words):
+    with pytest.raises(GuidanceError, match=words):
+        replace(ASKED, **change)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A bench made by one process, and its arms."""
+    bench = Bench(tmp_path_factory.mktemp("whole"), ASKED)
+    arms = make_arms(BASE, ["cfg", "apg", "rectified-cfg++"], [2.0, 5.0])
+    bench.run(arms)
+    return bench, arms
+
+
+def test_cfg_has_its_scale_and_costs_two_rows_a_step(whole):
+    bench, arms = whole
+    for each in arms[:2]:
+        found = bench.result(each).measured
+        assert found.figures["effective_scale"].value == pytest.approx(each.scale, rel=1e-4)
+        assert found.rows == 2 * STEPS
+
+
+def test_what_is_refused_is_said_and_does_not_stop_the_others(whole):
+    bench, arms = whole
+    results = bench.results(arms)
+    refused = [each for each in results if each.refused]
+    assert {each.arm.method for each in refused} == {"rectified-cfg++"}
+    assert "flow" in refused[0].refused
+    text = report.table(results, {})
+    assert text.count("refused:") == len(refused) and "cfg 5" in text
+
+
+def test_two_processes_make_what_one_makes(whole, tmp_path):
+    bench, arms = whole
+    first, second = (Bench(tmp_path, ASKED, Process("cpu", index, 2)) for index in range(2))
+    first.run(arms[:2])
+    assert first.results(arms[:2]) is None  # the other half is missing
+    second.run(arms[:2])
+    for each in arms[:2]:
+        assert np.array_equal(second.sample(each).pictures, bench.sample(each).pictures)
+    alone, together = (
+        json.loads(report.as_json(made.results(arms[:2]), {}, {}))["arms"]
+        for made in (bench, second)
+    )
+    assert [each["figures"] for each in alone] == [each["figures"] for each in together]
+
+
+def test_a_broken_run_goes_on_where_it_was(whole):
+    bench, arms = whole
+    paths = [job.path for job in bench.jobs(arms[:1])]
+    before = bench.sample(arms[0])
+    times = [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    assert bench.result(arms[0]) is None
+    bench.run(arms[:1])
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [
+        True,
+        False,
+    ]
+    assert np.array_equal(bench.sample(arms[0]).pictures, before.pictures)
+
+
+def test_a_damaged_file_is_named(whole, tmp_path):
+    bench, arms = whole
+    path = bench.jobs(arms[1:2])[0].path
+    kept = path.read_bytes()
+    try:
+        path.write_bytes(kept[: len(kept) // 2])
+        with pytest.raises(GuidanceError, match=r"damaged.*delete it"):
+            bench.sample(arms[1])
+    finally:
+        path.write_bytes(kept)
+
+
+def test_methods_with_a_scale_of_their_own_stand_there_once():
+    arms = make_arms(BASE, ["cfg", "pag", "cfg(scale=3)"], [2.0, 5.0])
+    assert [each.label for each in arms] == ["cfg 2", "cfg 5", "pag", "cfg(scale=3)"]
+    assert {each.method for each in make_arms(BASE, ["all"], [])} <= set(methods())
+    with pytest.raises(GuidanceError, match="cfgg"):
+        make_arms(BASE, ["cfgg"], [])
+
+
+def test_the_scale_of_cfg_is_found_again():
+    found = match(lambda scale: scale, 6.0)
+    assert found.reached and found.scale == pytest.approx(6, rel=0.06)
+    found = match(lambda scale: 1 / scale, 0.25, falling=True)
+    assert found.reached and found.scale == pytest.approx(4, rel=0.06)
+    assert not match(lambda scale: 0.2, 1.0).reached
+
+
+def test_methods_are_matched_to_the_strength_of_cfg(tmp_path):
+    bench = Bench(tmp_path, replace(ASKED, prompts=ASKED.prompts[:2]))
+    baseline = arm(BASE, "cfg", 4.0)
+    first, second = bench.matched(baseline, ["interval"], "effective-scale")
+    assert first.arm == baseline and second.match.target == pytest.approx(4, rel=1e-3)
+    value = second.measured.figures["effective_scale"].value
+    assert value == second.match.value and value == pytest.approx(4, rel=0.1)
+    assert second.arm.scale > 4  # it guides in fewer steps
+
+
+def _figure(value, error, count=16):
+    """A figure with a standard error."""
+    spread = np.linspace(-1, 1, count)
+    spread *= error / np.sqrt((count - 1) * np.square(spread).mean())
+    return Figure(value, value + spread)
+
+
+@pytest.mark.parametrize(
+    ("direction", "difference", "error", "verdict"),
+    [
+        ("lower", -1.0, 0.4, "holds"),
+        ("lower", 1.0, 0.4, "does not hold"),
+        ("lower", -1.0, 0.6, "inconclusive here"),
+        ("higher", 1.0, 0.4, "holds"),
+        ("higher", -1.0, 0.4, "does not hold"),
+        ("same", 0.1, 0.1, "holds"),
+        ("same", 1.0, 0.1, "does not hold"),
+        ("same", 0.5, 0.2, "inconclusive here"),
+    ],
+)
+def test_the_verdict_follows_from_the_interval(direction, difference, error, verdict):
+    side = (Setting("cfg"),)
+    claim = Claim("2207.12598", "", side, side, "frechet", direction, margin=0.5)
+    still = _figure(3.0, 0.0)
+    assert str(Verdict(claim, "m", _figure(3 + difference, error), still)) == verdict
+    assert str(Verdict(claim, "m", refused="why")) == "not tested"
+
+
+def test_every_claim_names_what_there_is():
+    for claim in CLAIMS:
+        settings = [*claim.ours, *claim.theirs, *([claim.reference] if claim.reference else [])]
+        assert {each.method for each in settings} <= {*methods(), "interval"}
+        assert claim.figure in {*WORDS, "distance"}
+        assert (claim.figure == "distance") == (claim.reference is not None)
+        assert (claim.direction == "same") == (claim.margin > 0)
+
+
+def test_a_small_laboratory_gives_the_safe_verdicts(tmp_path):
+    """The sign of a large difference, from few pictures; more would be a matter of luck."""
+    safe = [claim for claim in CLAIMS if claim.words.startswith("APG saturates less")]
+    asked = Questions(tuple(captions(8)), seeds=2)
+    base = replace(BASE, steps=10)
+    verdicts = claims.verify([base], asked, tmp_path, Process("cpu"), claims=safe)
+    assert verdicts[0].difference.value < 0, verdicts[0]
+    assert str(verdicts[0]) != "does not hold"
+    paths = claims.write(tmp_path, verdicts, {"steps": 10})
+    assert "APG saturates less" in paths[0].read_text()
+    content = json.loads(paths[1].read_text())["claims"]
+    assert [each["verdict"] for each in content] == [str(each) for each in verdicts]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "cfgg"], "cfg"),
+        (["--models", "nobody/nothing"], "--prompts-file"),
+        (["--captions", "0"], "no prompts"),
+        (["--seeds", "0"], "seeds: found 0"),
+        (["--scheduler", "eulr"], "no scheduler"),
+        (["--match", "strength"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(arguments, words, tmp_path, capsys):
+    assert main(["bench", *arguments, "--out", str(tmp_path / "b")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_command_writes_a_report_and_goes_on(tmp_path, capsys):
+    command = ["bench", "--methods", "cfg", "--scales", "2,6", "--captions", "2", "--seeds", "2"]
+    command += ["--steps", "2", "--out", str(tmp_path), "--device", "cpu"]
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "2 calls" in shown.err
+    paths = shown.out.split()
+    assert {path.rpartition("/")[2] for path in paths} >= {"report.md", "results.csv"}
+    assert any(path.endswith(".png") for path in paths)
+    text = (tmp_path / "report.md").read_text()
+    assert "true pictures" in text and "cfg 6" in text
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert sum(",effective_scale," in row for row in rows) == 2
+    assert main(command) == 0
+    assert "0 calls" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_text() == text
+    assert bundled.MODELS[0] in text
