@@ -88,7 +88,7 @@ def test_two_processes_make_what_one_makes(whole, tmp_path):
 
 def test_a_broken_run_goes_on_where_it_was(whole):
     bench, arms = whole
-    paths = [job.path for job in bench.jobs(arms[:1])]
+    paths = [call.path for call in bench.calls(arms[:1])]
     before = bench.sample(arms[0])
     times = [path.stat().st_mtime_ns for path in paths]
     paths[1].unlink()
@@ -103,7 +103,7 @@ def test_a_broken_run_goes_on_where_it_was(whole):
 
 def test_a_damaged_file_is_named(whole, tmp_path):
     bench, arms = whole
-    path = bench.jobs(arms[1:2])[0].path
+    path = bench.calls(arms[1:2])[0].path
     kept = path.read_bytes()
     try:
         path.write_bytes(kept[: len(kept) // 2])

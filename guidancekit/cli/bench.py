@@ -136,7 +136,7 @@ def bench(options: argparse.Namespace) -> int:
     }
     if options.claims:
         with progress(0, unit="call") as advance:
-            tested = claims.verify(bases, questions, out, process, lambda job: advance())
+            tested = claims.verify(bases, questions, out, process, lambda call: advance())
         if tested is None:
             return _others(out)
         for path in claims.write(out, tested, facts):
@@ -152,17 +152,17 @@ def bench(options: argparse.Namespace) -> int:
                     baseline,
                     [name for name in names if name != "cfg"],
                     options.match,
-                    lambda job: advance(),
+                    lambda call: advance(),
                 )
             found = None if own is None or found is None else found + own
     else:
         arms: list[Arm] = [
             each for base in bases for each in make_arms(base, names, options.scales)
         ]
-        missing = [job for job in work.jobs(arms) if not job.path.exists()]
+        missing = [call for call in work.calls(arms) if not call.path.exists()]
         note(f"{len(arms)} settings, {len(missing)} calls of up to {options.batch} pictures to go")
         with progress(len(missing), unit="call") as advance:
-            work.run(arms, lambda job: advance())
+            work.run(arms, lambda call: advance())
         found = work.results(arms)
     if found is None:
         return _others(out)

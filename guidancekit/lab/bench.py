@@ -12,12 +12,12 @@ from ..generate import follows_pipeline, with_scale
 from ..recipe import Recipe
 from ..registry import methods, parse
 from ..series import Process
-from .experiment import Arm, Job, Questions, Sample, arm, jobs, read, refusal, run
+from .experiment import Arm, Call, Questions, Sample, arm, calls, read, refusal, run
 from .matching import STRENGTHS, Match, match
 from .measuring import Laboratory, Measured
 from .scenes import Judge
 
-Tell = Callable[[Job], None]
+Tell = Callable[[Call], None]
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,23 @@ class Bench:
             self._laboratories[scenes] = Laboratory(self.questions, judge)
         return self._laboratories[scenes]
 
-    def jobs(self, arms: Sequence[Arm]) -> list[Job]:
+    def calls(self, arms: Sequence[Arm]) -> list[Call]:
         """The calls of the pipeline that arms take."""
-        return jobs(self.out, arms, self.questions)
+        return calls(self.out, arms, self.questions)
 
-    def run(self, arms: Sequence[Arm], tell: Tell = lambda job: None) -> None:
+    def run(self, arms: Sequence[Arm], tell: Tell = lambda call: None) -> None:
         """Make this process's share of the pictures that are not there yet."""
-        run(self.jobs(arms), self.process, tell)
+        run(self.calls(arms), self.process, tell)
 
     def sample(self, each: Arm) -> Sample | None:
         """The pictures of an arm; None where some are missing."""
-        return read(self.jobs([each]))
+        return read(self.calls([each]))
 
     def result(self, each: Arm, found: Match | None = None) -> Result | None:
         """The figures of an arm, or its refusal; None while other processes are at work on it."""
         sample = self.sample(each)
         if sample is None:
-            refused = refusal(self.jobs([each]))
+            refused = refusal(self.calls([each]))
             return Result(each, refused=refused, match=found) if refused else None
         return Result(each, self.laboratory(each.recipe.model).measure(sample), match=found)
 
@@ -75,14 +75,14 @@ class Bench:
         return [each for each in found if each] if all(found) else None
 
     def matched(
-        self, baseline: Arm, names: Sequence[str], kind: str, tell: Tell = lambda job: None
+        self, baseline: Arm, names: Sequence[str], kind: str, tell: Tell = lambda call: None
     ) -> list[Result] | None:
         """The baseline, and each method at the scale at which its figure `kind` is the same.
 
         `kind` is a name of `STRENGTHS`. Processes share the methods; None while others are at work.
         """
         name = STRENGTHS[kind]
-        run(self.jobs([baseline]), Process(self.process.device), tell)
+        run(self.calls([baseline]), Process(self.process.device), tell)
         first = self.result(baseline)
         assert first is not None
         if first.measured is None or name not in first.measured.figures:
@@ -106,7 +106,7 @@ class Bench:
         def value(scale: float) -> float:
             each = arm(baseline.recipe, method, scale)
             if mine:
-                run(self.jobs([each]), Process(self.process.device), tell)
+                run(self.calls([each]), Process(self.process.device), tell)
             found = self.result(each)
             if found is None or found.measured is None or name not in found.measured.figures:
                 raise _Stop(found)

@@ -189,7 +189,7 @@ def verify(
     questions: Questions,
     out: Path,
     process: Process,
-    tell: Tell = lambda job: None,
+    tell: Tell = lambda call: None,
     claims: Sequence[Claim] = CLAIMS,
 ) -> list[Verdict] | None:
     """The verdicts on the models of `bases`; None while other processes are at work.

@@ -101,7 +101,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Job:
+class Call:
     """One call of the pipeline that is asked for, and the file its pictures go to."""
 
     path: Path
@@ -110,7 +110,7 @@ class Job:
     negative: str
 
 
-def jobs(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Job]:
+def calls(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Call]:
     """The calls that arms take. Equal settings have equal files, whatever else is asked."""
     made = {}
     for each in arms:
@@ -120,7 +120,7 @@ def jobs(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Job]:
             text = f"{recipe}\n{asks}\n{questions.negative}"
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
             path = out / "runs" / f"{each.recipe.model.rpartition('/')[2]}-{words}-{key}.npz"
-            made[path] = Job(path, each, tuple(asks), questions.negative)
+            made[path] = Call(path, each, tuple(asks), questions.negative)
     return list(made.values())
 
 
@@ -147,7 +147,7 @@ class Sample:
 
 
 def run(
-    todo: Sequence[Job], process: Process, tell: Callable[[Job], None] = lambda job: None
+    todo: Sequence[Call], process: Process, tell: Callable[[Call], None] = lambda call: None
 ) -> None:
     """Make the calls whose file is not there yet, as far as they are this process's.
 
@@ -156,10 +156,10 @@ def run(
     """
     pipe, loaded = None, None
     refused: set[str] = set()
-    mine = {path for path, _ in process.share([(job.path, job.arm.recipe) for job in todo])}
-    for job in todo:
-        recipe = job.arm.recipe
-        if job.path not in mine or job.path.exists():
+    mine = {path for path, _ in process.share([(call.path, call.arm.recipe) for call in todo])}
+    for call in todo:
+        recipe = call.arm.recipe
+        if call.path not in mine or call.path.exists():
             continue
         if recipe.to_json() not in refused:  # else it would refuse the other calls too
             if loaded != (recipe.model, recipe.scheduler, recipe.dtype):
@@ -168,41 +168,41 @@ def run(
                 loaded = (recipe.model, recipe.scheduler, recipe.dtype)
                 warm_up(pipe, recipe)
             try:
-                result = make(pipe, job)
+                result = make(pipe, call)
             except GuidanceError as error:
                 refused.add(recipe.to_json())
-                with written_whole(_note(job)) as file:
+                with written_whole(_note(call)) as file:
                     file.write(str(error).encode())
             else:
-                with written_whole(job.path) as file:
+                with written_whole(call.path) as file:
                     np.savez_compressed(file, **result)
-                _note(job).unlink(missing_ok=True)
-        tell(job)
+                _note(call).unlink(missing_ok=True)
+        tell(call)
 
 
-def refusal(todo: Sequence[Job]) -> str | None:
+def refusal(todo: Sequence[Call]) -> str | None:
     """Why calls of one arm could not be made, if so."""
-    notes = [_note(job) for job in todo if not job.path.exists() and _note(job).exists()]
+    notes = [_note(call) for call in todo if not call.path.exists() and _note(call).exists()]
     return notes[0].read_text() if notes else None
 
 
-def _note(job: Job) -> Path:
-    return job.path.with_suffix(".refused")
+def _note(call: Call) -> Path:
+    return call.path.with_suffix(".refused")
 
 
-def make(pipe: Any, job: Job) -> dict[str, Any]:
+def make(pipe: Any, call: Call) -> dict[str, Any]:
     """One call of the pipeline, as arrays; see `read`."""
-    recipe = job.arm.recipe
+    recipe = call.arm.recipe
     trace, latents = Trace(), _LastLatent()
     given: dict[str, Any] = {
-        "prompt": [ask.prompt for ask in job.asks],
+        "prompt": [ask.prompt for ask in call.asks],
         "num_inference_steps": recipe.steps,
-        "generator": [torch.Generator("cpu").manual_seed(ask.seed) for ask in job.asks],
+        "generator": [torch.Generator("cpu").manual_seed(ask.seed) for ask in call.asks],
         "output_type": "np",
         scale_name(pipe): recipe.guidance_scale,
     }
-    if job.negative:
-        given["negative_prompt"] = [job.negative] * len(job.asks)
+    if call.negative:
+        given["negative_prompt"] = [call.negative] * len(call.asks)
     if recipe.size is not None:
         given["width"], given["height"] = recipe.size
     if cuda := str(pipe.device).startswith("cuda"):
@@ -218,12 +218,12 @@ def make(pipe: Any, job: Job) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         report = guidance.report()
     scales = [torch.as_tensor(step.scale, dtype=torch.float32).cpu() for step in report.steps]
-    scale = torch.stack([each.expand(len(job.asks)) for each in scales]).mean(0)
+    scale = torch.stack([each.expand(len(call.asks)) for each in scales]).mean(0)
     facts = {
         "recipe": asdict(recipe),
-        "negative": job.negative,
+        "negative": call.negative,
         "prompts": given["prompt"],
-        "seeds": [ask.seed for ask in job.asks],
+        "seeds": [ask.seed for ask in call.asks],
         "rows": report.rows,
         "seconds": seconds,
         "memory": torch.cuda.max_memory_allocated() if cuda else None,
@@ -231,7 +231,7 @@ def make(pipe: Any, job: Job) -> dict[str, Any]:
     }
     return {
         "pictures": np.rint(np.asarray(pictures) * 255).astype(np.uint8),
-        "number": np.array([ask.number for ask in job.asks]),
+        "number": np.array([ask.number for ask in call.asks]),
         "effective_scale": scale.numpy(),
         "latent_std": latents.std.cpu().numpy(),
         "steps": np.array([[p.noise, p.scale, p.difference, p.cosine] for p in trace.points]),
@@ -239,18 +239,18 @@ def make(pipe: Any, job: Job) -> dict[str, Any]:
     }
 
 
-def read(todo: Sequence[Job]) -> Sample | None:
+def read(todo: Sequence[Call]) -> Sample | None:
     """The pictures of the calls of one arm, which must all be there; None if one is missing."""
-    if not todo or not all(job.path.exists() for job in todo):
+    if not todo or not all(call.path.exists() for call in todo):
         return None
     parts = []
-    for job in todo:
+    for call in todo:
         try:
-            with np.load(job.path, allow_pickle=False) as file:
+            with np.load(call.path, allow_pickle=False) as file:
                 parts.append({name: file[name] for name in file.files})
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise GuidanceError(
-                f"{job.path} is damaged ({error}): delete it, and run the same command again."
+                f"{call.path} is damaged ({error}): delete it, and run the same command again."
             ) from error
     facts = [json.loads(str(part["facts"])) for part in parts]
     counts = np.array([len(part["number"]) for part in parts])
