@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         guidancekit bench --methods apg,cfg++,fdg --match effective-scale --at 6
         guidancekit bench --claims
         accelerate launch --num_processes 2 -m guidancekit bench --methods all
-        guidancekit bench --model stabilityai/sdxl-turbo --prompts-file prompts.txt --batch 2
+        guidancekit bench --models stabilityai/sdxl-turbo --prompts-file prompts.txt --batch 2
         """,
     )
     parser.add_argument("--methods", default=METHODS, metavar="NAME,...", help="[%(default)s]")

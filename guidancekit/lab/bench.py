@@ -61,13 +61,13 @@ class Bench:
         """The pictures of an arm; None where some are missing."""
         return read(self.calls([each]))
 
-    def result(self, each: Arm, found: Match | None = None) -> Result | None:
+    def result(self, each: Arm) -> Result | None:
         """The figures of an arm, or its refusal; None while other processes are at work on it."""
         sample = self.sample(each)
         if sample is None:
             refused = refusal(self.calls([each]))
-            return Result(each, refused=refused, match=found) if refused else None
-        return Result(each, self.laboratory(each.recipe.model).measure(sample), match=found)
+            return Result(each, refused=refused) if refused else None
+        return Result(each, self.laboratory(each.recipe.model).measure(sample))
 
     def results(self, arms: Sequence[Arm]) -> list[Result] | None:
         """Those of all arms; None while other processes are at work."""

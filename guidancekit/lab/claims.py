@@ -24,7 +24,7 @@ from ..series import Process
 from .bench import Bench, Result, Tell
 from .experiment import Arm, Questions, arm
 from .metrics import Figure, figure, mean
-from .report import interval
+from .report import interval, markdown
 
 Direction = Literal["higher", "lower", "same"]
 Asked = Literal["captions", "nothing", "unwanted"]
@@ -299,9 +299,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
                 f"**{each}**",
             ]
         )
-    return "\n".join(
-        "| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines
-    )
+    return markdown(lines)
 
 
 def write(out: Path, verdicts: Sequence[Verdict], facts: Mapping[str, Any]) -> list[Path]:

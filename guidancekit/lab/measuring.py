@@ -125,11 +125,11 @@ class Laboratory:
 
     def truth(self) -> Measured:
         """What the true distribution scores with as many pictures: no arm can be better."""
-        return self.measure(self._true_sample())
+        return self.measure(self._true_sample)
 
     def decoded_truth(self, model: str) -> Measured:
         """The same through the autoencoder of an embedded model: what it leaves within reach."""
-        sample = self._true_sample()
+        sample = self._true_sample
         vae = load_pipeline(Recipe(prompt="-", model=model), "cpu").vae
         x = torch.from_numpy(sample.pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
@@ -137,6 +137,7 @@ class Laboratory:
         y = (torch.cat(parts).permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
         return self.measure(replace(sample, pictures=(y * 255).round().byte().numpy()))
 
+    @cached_property
     def _true_sample(self) -> Sample:
         pictures, number = self._renders(self.questions.seeds, TRUTH_SEED + 1)
         unknown = np.full(len(number), np.nan)

@@ -65,9 +65,7 @@ def table(results: Sequence[Result], truth: Mapping[str, Measured]) -> str:
             continue
         missed = "" if each.match is None or each.match.reached else " (not reached)"
         lines.append([each.arm.label + missed, *cells(each.measured)])
-    return "\n".join(
-        "| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines
-    )
+    return markdown(lines)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

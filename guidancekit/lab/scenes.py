@@ -33,7 +33,7 @@ def world() -> Any:
         raise GuidanceError(
             "the world of scenes is not in the installed package: clone the repository of "
             "guidancekit, `pip install -e .` there, and run the command again. Other models are "
-            "measured without it: --model NAME --prompts-file FILE."
+            "measured without it: --models NAME --prompts-file FILE."
         ) from error
     return SimpleNamespace(evaluate=evaluate, recogniser=recogniser, render=render, world=world)
 
