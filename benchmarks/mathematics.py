@@ -12,6 +12,10 @@ the same float32 tensors in memory:
 CFG-Zero* and MAMBO-G are defined on the velocity: they are always given latents of a flow model,
 whose network puts that out.
 
+The target is to be faster in every case. Sums of strategies miss it on the smallest latents, by
+some 4 µs: the six operations on tensors are as many as theirs, and so small there that asking each
+term in Python for its part is what counts. On larger latents the sums are faster too.
+
 The number of bytes is computed, not measured: what all operations on the tensors read and write.
 """
 

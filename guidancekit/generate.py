@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -118,7 +118,7 @@ def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
     """
     count, given = len(recipes), arguments(pipe, recipes[0])
     given["num_images_per_prompt"] = count
-    given["generator"] = [torch.Generator("cpu").manual_seed(each.seed) for each in recipes]
+    given["generator"] = generators(each.seed for each in recipes)
     _check_arguments(pipe, given)
     guidance = SideBySide([parse(recipe.guidance) for recipe in recipes])
     with guidance.attach(pipe):
@@ -173,21 +173,34 @@ def warm_up(pipe: Any, recipe: Recipe) -> None:
     pipe(**arguments(pipe, replace(recipe, steps=2)))
 
 
-def arguments(pipe: Any, recipe: Recipe) -> dict[str, Any]:
-    """What the pipeline is called with."""
+def arguments(
+    pipe: Any, recipe: Recipe, several: Sequence[tuple[str, int]] | None = None
+) -> dict[str, Any]:
+    """What the pipeline is called with for the picture of `recipe`.
+
+    Or for `several` pictures in one call, whose prompts and seeds take the place of its own.
+    """
+    asked = [(recipe.prompt, recipe.seed)] if several is None else several
     given: dict[str, Any] = {
-        "prompt": recipe.prompt,
+        "prompt": [prompt for prompt, _ in asked],
         "num_inference_steps": recipe.steps,
-        "generator": torch.Generator("cpu").manual_seed(recipe.seed),
+        "generator": generators(seed for _, seed in asked),
     }
     if recipe.negative:
-        given["negative_prompt"] = recipe.negative
+        given["negative_prompt"] = [recipe.negative] * len(asked)
+    if several is None:
+        given |= {name: each[0] for name, each in given.items() if isinstance(each, list)}
     if recipe.guidance_scale is not None:
         given[scale_name(pipe)] = recipe.guidance_scale
     if recipe.size is not None:
         given["width"], given["height"] = recipe.size
     _check_arguments(pipe, given)
     return given
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One per picture, on the CPU: its noise depends on its seed alone, on whatever machine."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def _check_arguments(pipe: Any, given: Mapping[str, Any]) -> None:

@@ -192,34 +192,47 @@ class CLIPScore:
                 f"CLIPScore found {list(images.shape)}, expected images [n, 3, H, W]: write "
                 "FeedbackGuidance(..., decode=True)."
             )
-        network = self._network(images)
+        network, text = self._network(images)
         size = network.config.vision_config.image_size
         mean, std = (on_device(c, images).view(1, 3, 1, 1) for c in (_CLIP_MEAN, _CLIP_STD))
         pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         seen = network.visual_projection(network.vision_model((pixels - mean) / std).pooler_output)
-        assert self._text is not None
-        if len(self._text) not in (1, len(seen)):
+        if len(text) not in (1, len(seen)):
             raise GuidanceError(
-                f"CLIPScore holds {len(self._text)} prompts, but {len(seen)} images came: give one "
+                f"CLIPScore holds {len(text)} prompts, but {len(seen)} images came: give one "
                 "prompt, or one per sample of the batch."
             )
-        return F.cosine_similarity(seen, self._text)
+        return F.cosine_similarity(seen, text)
 
-    def _network(self, like: Tensor) -> Any:
+    def about(self, prompt: str | Sequence[str]) -> CLIPScore:
+        """The same network, held against another prompt."""
+        other = CLIPScore(self.model, prompt)
+        other._loaded = self.load()._loaded
+        return other
+
+    def load(self) -> CLIPScore:
+        """Read the network now; raises `GuidanceError` where there is none."""
         if self._loaded is None:
             from transformers import AutoTokenizer, CLIPModel
 
             try:
                 network = uncompiled(lambda: CLIPModel.from_pretrained(self.model).eval())
-                tokenizer = AutoTokenizer.from_pretrained(self.model)
+                self._loaded = network, AutoTokenizer.from_pretrained(self.model)
             except (OSError, ValueError) as error:
                 raise GuidanceError(f"CLIPScore cannot load {self.model!r}: {error}") from error
+        return self
+
+    def _network(self, like: Tensor) -> tuple[Any, Tensor]:
+        """The network where `like` is, and the prompts' embeddings."""
+        network, tokenizer = self.load()._loaded
+        network.to(like.device)
+        if self._text is None:
             prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
             tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+            tokens = tokens.to(like.device)
             text = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
-            self._text = network.text_projection(text).to(like.device)
-            self._loaded = network.to(like.device)
-        return self._loaded
+            self._text = network.text_projection(text)
+        return network, self._text
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": None, "_text": None}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guidancekit import bundled
 from guidancekit.cli import main
 from guidancekit.errors import GuidanceError
 from guidancekit.lab import claims, report
 from guidancekit.lab.bench import Bench, make_arms
-from guidancekit.lab.claims import CLAIMS, Claim, Setting, Verdict
+from guidancekit.lab.claims import CLAIMS, Claim, Setting, Trial, Verdict
 from guidancekit.lab.experiment import Questions, arm
-from guidancekit.lab.matching import match
+from guidancekit.lab.matching import HIGHEST, LOWEST, ROUNDS, match
 from guidancekit.lab.measuring import WORDS
 from guidancekit.lab.metrics import Figure
 from guidancekit.lab.scenes import captions
@@ -122,11 +125,34 @@ def test_methods_with_a_scale_of_their_own_stand_there_once():
 
 
 def test_the_scale_of_cfg_is_found_again():
-    found = match(lambda scale: scale, 6.0)
-    assert found.reached and found.scale == pytest.approx(6, rel=0.06)
-    found = match(lambda scale: 1 / scale, 0.25, falling=True)
-    assert found.reached and found.scale == pytest.approx(4, rel=0.06)
-    assert not match(lambda scale: 0.2, 1.0).reached
+    found = match(lambda scale: scale, 6.0, start=4.0)
+    assert found.reached and found.scale == pytest.approx(6, rel=0.02)
+    found = match(lambda scale: 1 / scale, 0.25, start=10.0, falling=True)
+    assert found.reached and found.scale == pytest.approx(4, rel=0.02)
+    assert not match(lambda scale: 0.2, 1.0, start=4.0).reached
+
+
+@given(
+    target=st.floats(0.05, 0.95),
+    slope=st.floats(0.3, 3.0),
+    start=st.floats(LOWEST, HIGHEST),
+    falling=st.booleans(),
+)
+def test_any_monotone_figure_is_matched_in_few_runs(target, slope, start, falling):
+    tried = []
+
+    def value(scale):
+        tried.append(scale)
+        risen = scale**slope / (scale**slope + 5**slope)
+        return 1 - risen if falling else risen
+
+    ends = sorted(value(scale) for scale in (LOWEST, HIGHEST))
+    tried.clear()
+    found = match(value, target, start, falling)
+    assert len(tried) <= ROUNDS and found.value == value(found.scale)
+    assert all(LOWEST <= scale <= HIGHEST for scale in tried)
+    if ends[0] <= target <= ends[1]:
+        assert found.reached and abs(found.value - target) < 0.1
 
 
 def test_methods_are_matched_to_the_strength_of_cfg(tmp_path):
@@ -181,13 +207,32 @@ def test_a_small_laboratory_gives_the_safe_verdicts(tmp_path):
     safe = [claim for claim in CLAIMS if claim.words.startswith("APG saturates less")]
     asked = Questions(tuple(captions(8)), seeds=2)
     base = replace(BASE, steps=10)
-    verdicts = claims.verify([base], asked, tmp_path, Process("cpu"), claims=safe)
+    trial = Trial([base], asked, tmp_path, Process("cpu"), safe)
+    assert trial.verdicts() is None
+    made = []
+    trial.run(made.append)
+    assert made == trial.calls
+    verdicts = trial.verdicts()
     assert verdicts[0].difference.value < 0, verdicts[0]
     assert str(verdicts[0]) != "does not hold"
     paths = claims.write(tmp_path, verdicts, {"steps": 10})
     assert "APG saturates less" in paths[0].read_text()
     content = json.loads(paths[1].read_text())["claims"]
     assert [each["verdict"] for each in content] == [str(each) for each in verdicts]
+    earlier = claims.read_intervals(paths[1])
+    assert claims.table(verdicts, earlier).endswith("| yes |")
+    moved = {key: (high + 1, high + 2) for key, (_, high) in earlier.items()}
+    assert claims.table(verdicts, moved).endswith("| no |")
+    with pytest.raises(GuidanceError, match=r"expected a claims\.json"):
+        claims.read_intervals(paths[0])
+
+
+def test_claims_are_chosen_by_method():
+    chosen = claims.about(["apg", "cads"])
+    assert {claim.ours[0].method for claim in chosen} == {"apg", "cads"}
+    assert claims.about([]) == list(CLAIMS)
+    with pytest.raises(GuidanceError, match=r"no claim about cfgg.*apg"):
+        claims.about(["apg", "cfgg"])
 
 
 @pytest.mark.parametrize(
@@ -199,6 +244,9 @@ def test_a_small_laboratory_gives_the_safe_verdicts(tmp_path):
         (["--seeds", "0"], "seeds: found 0"),
         (["--scheduler", "eulr"], "no scheduler"),
         (["--match", "strength"], "invalid choice"),
+        (["--claims", "apg", "--against", "nothing.json"], "claims.json"),
+        (["--claims", "cfgg"], "no claim about cfgg"),
+        (["--clip-score", "nothing/here"], "CLIPScore cannot load"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(arguments, words, tmp_path, capsys):
@@ -214,13 +262,18 @@ def test_the_command_writes_a_report_and_goes_on(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "2 calls" in shown.err
     paths = shown.out.split()
-    assert {path.rpartition("/")[2] for path in paths} >= {"report.md", "results.csv"}
+    assert {path.rpartition("/")[2] for path in paths} >= {"report.md", "report.json", "report.csv"}
     assert any(path.endswith(".png") for path in paths)
     text = (tmp_path / "report.md").read_text()
     assert "true pictures" in text and "cfg 6" in text
-    rows = (tmp_path / "results.csv").read_text().splitlines()
+    arms = json.loads((tmp_path / "report.json").read_text())["arms"]
+    assert [len(each["steps"]["cosine"]) for each in arms] == [2, 2]
+    rows = (tmp_path / "report.csv").read_text().splitlines()
     assert sum(",effective_scale," in row for row in rows) == 2
     assert main(command) == 0
     assert "0 calls" in capsys.readouterr().err
     assert (tmp_path / "report.md").read_text() == text
-    assert bundled.MODELS[0] in text
+    assert bundled.MODELS[0] in text and "guidancekit bench --methods cfg" in text
+    assert main([*command, "--pictures", "--no-plots"]) == 0
+    folders = [path for path in capsys.readouterr().out.split() if "pictures" in path]
+    assert [len(list(Path(folder).glob("*.png"))) for folder in folders] == [4, 4]

@@ -278,6 +278,10 @@ def test_clip_scores_images(sd, tmp_path):
         found = score(images)
     expected = logits.diagonal() / model.logit_scale.exp()
     torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        again = score.about("a large red circle").about(CALL["prompt"])(images)
+        assert not torch.equal(score.about("a large red circle")(images), found)
+    assert torch.equal(again, found)
     guidance = FeedbackGuidance({"clip": score}, candidates=[1.0, 8.0], every=4, decode=True)
     assert torch.isfinite(run(sd, guidance)).all()
     assert f"CLIPScore({str(tmp_path)!r}" in repr(guidance)

@@ -26,6 +26,7 @@ from samples.scenes import recogniser
 from samples.scenes.world import (
     ATTRIBUTES,
     BACKGROUNDS,
+    COLOURS,
     RELATIONS,
     Scene,
     Thing,
@@ -201,6 +202,20 @@ def test_total_variation_joins_both_objects_and_all_captions():
     apart = total_variation(np.array([0, 0, 1, 1]), size_0=[0, 0, 1, 1])
     assert apart(everything(2)) == 0
     assert apart(np.array([True, False])) == pytest.approx(1 / 2)
+
+
+def test_entropy_in_closed_form():
+    def entropy(**factors):
+        named = {name.replace("_", " "): np.array(values) for name, values in factors.items()}
+        return metrics.entropy(named, SIZES, np.zeros(len(next(iter(named.values()))), int))
+
+    one = everything(1)
+    assert entropy(shape_0=range(8))(one) == pytest.approx(1)
+    assert entropy(shape_0=[3] * 5)(one) == 0
+    assert entropy(shape_0=[0, 0, 5, 5])(one) == pytest.approx(1 / 3)
+    assert entropy(size_0=[0, 0], size_1=[1, 1])(one) == pytest.approx(1)  # joined
+    assert entropy(shape_0=[3, 3], size_0=[0, 1])(one) == pytest.approx(1 / 2)
+    assert math.isnan(entropy(size_0=[-1, -1])(one))
 
 
 def test_pixel_diversity_is_a_root_mean_square():
@@ -664,18 +679,23 @@ def test_features_have_the_variance_they_say(judge):
 
 
 def test_colour_error_is_the_distance_to_the_palette(judge):
-    scene = Scene((Thing(),), None, "navy")
+    scene = Scene((Thing(colour="red"),), None, "navy")
     pictures = np.tile(np.array(BACKGROUNDS["navy"], np.uint8), (3, 64, 64, 1))
-    pictures[1] += np.array([10, 0, 20], np.uint8)
-    pictures[2, 10:50, 10:50] = 255  # the middle does not count, nor does a part of the edge
-    pictures[2, :, :20] = 0
+    pictures[:, 20:40, 20:40] = COLOURS["red"]
+    pictures[1, 20:40, 20:40] += np.array([10, 0, 20], np.uint8)  # the object alone
+    pictures[2, 30, 20:40] = 0  # a median passes over a line
     found = judge.colour_error(pictures, [scene] * 3)
-    np.testing.assert_allclose(found, [0, math.sqrt(500 / 3) / 255, 0])
-    true = judge.colour_error(judge.truth("a star on a navy background", 20), [scene] * 20)
-    assert 0 < true.max() < 0.06
-    other = judge.colour_error(pictures[:1], [Scene((Thing(),), None, "black")])
-    apart = np.subtract(BACKGROUNDS["navy"], BACKGROUNDS["black"]) / 255
-    np.testing.assert_allclose(other, math.sqrt(np.mean(apart**2)))
+    off = math.sqrt(500 / 3) / 255
+    np.testing.assert_allclose(found, [0, off / 2, 0], atol=1e-12)
+    plain = np.tile(np.array(BACKGROUNDS["navy"], np.uint8), (1, 64, 64, 1))
+    assert judge.colour_error(plain, [scene])[0] == 0  # what is not there has no colour
+    twins = Scene((Thing(colour="red"), Thing(colour="red")), "above", "navy")
+    np.testing.assert_allclose(judge.colour_error(pictures[1:2], [twins]), off / 2)
+    prompt = "a red star on a navy background"
+    true = judge.colour_error(judge.truth(prompt, 20), [scene] * 20)
+    assert 0 < true.max() < 0.1
+    wrong = judge.colour_error(judge.truth("a blue star on a navy background", 20), [scene] * 20)
+    assert wrong.min() > true.max()
 
 
 @pytest.mark.parametrize("missing", ["samples", "samples.scenes"])

@@ -6,6 +6,7 @@ command is a new file, and its name in `COMMANDS`.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 1 if `doctor` finds that a model is not supported.
     """
     try:
-        options = make_parser().parse_args(argv)
+        typed = sys.argv[1:] if argv is None else argv
+        options = make_parser().parse_args(typed)
+        options.typed = shlex.join(["guidancekit", *typed])
         with one_line_warnings():
             return options.command(options)
     except GuidanceError as error:

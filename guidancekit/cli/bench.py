@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import bundled
 from ..errors import GuidanceError
@@ -21,6 +20,12 @@ from .options import (
     read_prompts,
 )
 from .talk import note, progress, quiet_libraries
+
+if TYPE_CHECKING:
+    from ..lab.bench import Bench, Result
+    from ..lab.experiment import Questions
+    from ..scoring import CLIPScore
+    from ..series import Process
 
 METHODS = "cfg,apg,cfg++,fdg,interval"
 SCALES = [2.0, 4.0, 6.0, 10.0]
@@ -68,12 +73,27 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--at", type=float, default=6.0, metavar="W", help="that of CFG [6]")
     parser.add_argument(
-        "--claims", action="store_true", help="test what the papers say of their methods"
+        "--claims",
+        nargs="?",
+        const="all",
+        metavar="NAME,...",
+        help="test what the papers say of their methods, or of these",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        help="with --claims: say whether the differences lie in the intervals of a claims.json",
     )
     parser.add_argument(
         "--mixture",
         action="store_true",
         help="on exact Gaussian mixtures in the plane, whose tilted distribution is known",
+    )
+    parser.add_argument(
+        "--clip-score", metavar="MODEL", help="add CLIPScore by a CLIPModel, a folder or Hub id"
+    )
+    parser.add_argument(
+        "--pictures", action="store_true", help="write all pictures as PNGs, for other programs"
     )
     parser.add_argument("--no-plots", action="store_true", help="no matplotlib is needed then")
     parser.add_argument(
@@ -93,88 +113,154 @@ def bench(options: argparse.Namespace) -> int:
         return _mixture(options, out)
 
     from ..compare import split_methods
-    from ..lab import claims, report
-    from ..lab.bench import Bench, Result, make_arms
-    from ..lab.experiment import Arm, Questions, arm
-    from ..lab.scenes import captions
-    from ..loading import check_scheduler, choose_dtype
+    from ..lab.bench import Bench, make_arms
+    from ..lab.experiment import Questions
     from ..series import this_process
 
-    if options.scheduler is not None:
-        check_scheduler(options.scheduler)
     models = [name.strip() for name in options.models.split(",")]
-    embedded = [name for name in models if name in bundled.MODELS]
-    if options.prompts_file is not None:
-        options.prompts = []
-        prompts = read_prompts(options)
-    elif embedded == models:
-        prompts = captions(options.captions)
-    else:
-        raise GuidanceError("--prompts-file is missing: only the embedded models draw scenes.")
+    prompts = _prompts(options, models)
     process = this_process(options.device)
     quiet_libraries()
-    given = {name: getattr(options, name) for name in ("steps", "scheduler", "size")}
-    given = {name: value for name, value in given.items() if value is not None}
-    bases = [
-        replace(
-            Recipe(
-                prompt="-", model=model, dtype=options.dtype or choose_dtype(model, process.device)
-            ),
-            **given,
-        )
-        for model in models
-    ]
+    bases = _bases(options, models, process.device)
     questions = Questions(
         tuple(prompts), options.seeds, options.batch, options.negative or "", options.first_seed
     )
-    names = split_methods(options.methods)
-    work = Bench(out, questions, process)
     facts = {
+        "command": f"`{options.typed}`",
         "prompts": f"{len(prompts)}, {options.seeds} seeds each from {options.first_seed}",
         "models": ", ".join(models),
         "steps": bases[0].steps,
     }
     if options.claims:
-        with progress(0, unit="call") as advance:
-            tested = claims.verify(bases, questions, out, process, lambda call: advance())
-        if tested is None:
-            return _others(out)
-        for path in claims.write(out, tested, facts):
-            print(path)
-        return 0
-    found: list[Result] | None = []
+        return _claims(options, bases, questions, out, process, facts)
+    work = Bench(out, questions, process, _clip(options.clip_score))
+    names = split_methods(options.methods)
     if options.match:
-        facts["matched"] = f"{options.match} of CFG at {options.at:g}"
-        for base in bases:
-            baseline = arm(base, "cfg", options.at)
-            with progress(0, unit="call") as advance:
-                own = work.matched(
-                    baseline,
-                    [name for name in names if name != "cfg"],
-                    options.match,
-                    lambda call: advance(),
-                )
-            found = None if own is None or found is None else found + own
-    else:
-        arms: list[Arm] = [
-            each for base in bases for each in make_arms(base, names, options.scales)
-        ]
-        missing = [call for call in work.calls(arms) if not call.path.exists()]
-        note(f"{len(arms)} settings, {len(missing)} calls of up to {options.batch} pictures to go")
-        with progress(len(missing), unit="call") as advance:
-            work.run(arms, lambda call: advance())
-        found = work.results(arms)
+        return _matched(options, bases, names, work, facts)
+    arms = [each for base in bases for each in make_arms(base, names, options.scales)]
+    missing = [call for call in work.calls(arms) if not call.path.exists()]
+    note(f"{len(arms)} settings, {len(missing)} calls of up to {options.batch} pictures to go")
+    with progress(len(missing), unit="call") as advance:
+        work.run(arms, lambda call: advance())
+    return _report(options, work, work.results(arms), facts, "report")
+
+
+def _prompts(options: argparse.Namespace, models: list[str]) -> list[str]:
+    from ..lab.scenes import captions
+
+    if options.prompts_file is not None:
+        options.prompts = []
+        return read_prompts(options)
+    if not set(models) <= set(bundled.MODELS):
+        raise GuidanceError("--prompts-file is missing: only the embedded models draw scenes.")
+    return captions(options.captions)
+
+
+def _bases(options: argparse.Namespace, models: list[str], device: str) -> list[Recipe]:
+    """What all settings of a model share."""
+    from ..loading import check_scheduler, choose_dtype
+
+    if options.scheduler is not None:
+        check_scheduler(options.scheduler)
+    given = {name: getattr(options, name) for name in ("steps", "scheduler", "size", "dtype")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return [
+        Recipe(prompt="-", model=model, **{"dtype": choose_dtype(model, device), **given})
+        for model in models
+    ]
+
+
+def _clip(model: str | None) -> CLIPScore | None:
+    """Load CLIP before any picture is made, and say so first if it is not here yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from ..scoring import CLIPScore
+
+    if model is None:
+        return None
+    if not Path(model).is_dir() and not isinstance(
+        try_to_load_from_cache(model, "config.json"), str
+    ):
+        note(f"--clip-score: {model} is not on this machine: it is downloaded from the Hub.")
+    return CLIPScore(model, "").load()
+
+
+def _claims(
+    options: argparse.Namespace,
+    bases: list[Recipe],
+    questions: Questions,
+    out: Path,
+    process: Process,
+    facts: dict[str, Any],
+) -> int:
+    """The table of claims with its verdicts."""
+    from ..compare import split_methods
+    from ..lab.claims import Trial, about, read_intervals, write
+
+    earlier = read_intervals(Path(options.against)) if options.against else None
+    chosen = about([] if options.claims == "all" else split_methods(options.claims))
+    trial = Trial(bases, questions, out, process, chosen)
+    missing = [call for call in trial.calls if not call.path.exists()]
+    note(f"{len(missing)} calls of up to {options.batch} pictures to go")
+    with progress(len(missing), unit="call") as advance:
+        trial.run(lambda call: advance())
+    found = trial.verdicts()
     if found is None:
         return _others(out)
-    truth = {}
-    for model in embedded:
-        laboratory = work.laboratory(model)
-        truth[model] = {
-            "true pictures": laboratory.truth(),
-            "true pictures, decoded": laboratory.decoded_truth(model),
-        }
-    for path in report.write(out, found, truth, facts, plots=not options.no_plots):
+    for path in write(out, found, facts, earlier):
         print(path)
+    return 0
+
+
+def _matched(
+    options: argparse.Namespace,
+    bases: list[Recipe],
+    names: list[str],
+    work: Bench,
+    facts: dict[str, Any],
+) -> int:
+    """Methods at the scale at which each is as strong as the baseline."""
+    from ..lab.experiment import arm
+
+    facts["matched"] = f"{options.match} of CFG at {options.at:g}"
+    found: list[Result] | None = []
+    for base in bases:
+        with progress(None, unit="call") as advance:
+            own = work.matched(
+                arm(base, "cfg", options.at),
+                [name for name in names if name != "cfg"],
+                options.match,
+                lambda call: advance(),
+            )
+        found = None if own is None or found is None else found + own
+    return _report(options, work, found, facts, f"matched-{options.match}")
+
+
+def _report(
+    options: argparse.Namespace,
+    work: Bench,
+    found: list[Result] | None,
+    facts: dict[str, Any],
+    name: str,
+) -> int:
+    """Write what was found, beside the truth where it is known."""
+    from ..lab.report import write
+
+    if found is None:
+        return _others(work.out)
+    truth = {}
+    for model in dict.fromkeys(each.arm.recipe.model for each in found):
+        laboratory = work.laboratory(model)
+        if laboratory.judge is not None:
+            truth[model] = {
+                "true pictures": laboratory.truth(),
+                "true pictures, decoded": laboratory.decoded_truth(model),
+            }
+    for path in write(work.out, found, truth, facts, plots=not options.no_plots, name=name):
+        print(path)
+    for each in found if options.pictures else ():
+        if each.measured is not None:
+            print(work.export(each.arm))
     return 0
 
 

@@ -10,8 +10,13 @@ from typing import Any
 
 
 @contextmanager
-def progress(total: int, pipe: Any = None, unit: str = "picture") -> Iterator[Callable[..., None]]:
-    """A bar over pictures, on a terminal only; `advance(line)` counts one and prints the line."""
+def progress(
+    total: int | None, pipe: Any = None, unit: str = "picture"
+) -> Iterator[Callable[..., None]]:
+    """A bar over pictures, on a terminal only, or a count where the total is unknown.
+
+    `advance(line)` counts one and prints the line.
+    """
     from tqdm import tqdm
 
     if pipe is not None:

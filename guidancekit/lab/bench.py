@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from .. import bundled
 from ..errors import GuidanceError
+from ..files import written_whole
 from ..generate import follows_pipeline, with_scale
 from ..recipe import Recipe
 from ..registry import methods, parse
+from ..scoring import CLIPScore
 from ..series import Process
 from .experiment import Arm, Call, Questions, Sample, arm, calls, read, refusal, run
-from .matching import STRENGTHS, Match, match
+from .matching import LOWEST, STRENGTHS, Match, match
 from .measuring import Laboratory, Measured
 from .scenes import Judge
 
@@ -37,6 +42,7 @@ class Bench:
     out: Path
     questions: Questions
     process: Process = field(default_factory=lambda: Process("cpu"))
+    clip: CLIPScore | None = None
 
     def __post_init__(self) -> None:
         self._laboratories: dict[bool, Laboratory] = {}
@@ -46,7 +52,8 @@ class Bench:
         scenes = model in bundled.MODELS
         if scenes not in self._laboratories:
             judge = Judge() if scenes else None
-            self._laboratories[scenes] = Laboratory(self.questions, judge)
+            found = Laboratory(self.questions, judge, self.clip, self.process.device)
+            self._laboratories[scenes] = found
         return self._laboratories[scenes]
 
     def calls(self, arms: Sequence[Arm]) -> list[Call]:
@@ -60,6 +67,17 @@ class Bench:
     def sample(self, each: Arm) -> Sample | None:
         """The pictures of an arm; None where some are missing."""
         return read(self.calls([each]))
+
+    def export(self, each: Arm) -> Path:
+        """Write the pictures of an arm as PNGs for other programs; the folder they are in."""
+        sample = self.sample(each)
+        assert sample is not None
+        model = each.recipe.model.rpartition("/")[2]
+        folder = self.out / "pictures" / model / re.sub(r"[^a-z0-9.+*]+", "-", each.label.lower())
+        for ask, picture in zip(self.questions.asks, sample.pictures, strict=True):
+            with written_whole(folder / f"{ask.number:05d}-{ask.seed}.png") as file:
+                Image.fromarray(picture).save(file, format="PNG")
+        return folder
 
     def result(self, each: Arm) -> Result | None:
         """The figures of an arm, or its refusal; None while other processes are at work on it."""
@@ -114,7 +132,8 @@ class Bench:
             return found.measured.figures[name].value
 
         try:
-            best = match(value, target, falling=name == "diversity")
+            start = baseline.scale or baseline.recipe.guidance_scale or LOWEST
+            best = match(value, target, start, falling=name == "diversity")
         except _Stop as stop:
             return stop.result
         found = results[best.scale]

@@ -22,7 +22,7 @@ from ..measures import distance
 from ..recipe import Recipe, installed_versions
 from ..series import Process
 from .bench import Bench, Result, Tell
-from .experiment import Arm, Questions, arm
+from .experiment import Arm, Call, Questions, arm
 from .metrics import Figure, figure, mean
 from .report import interval, markdown
 
@@ -175,6 +175,17 @@ class Verdict:
         return "holds" if inside else "does not hold" if outside else "inconclusive here"
 
 
+def about(methods: Sequence[str]) -> list[Claim]:
+    """The claims about some methods, or all; raises `GuidanceError` where there is none of one."""
+    names = {setting.method for claim in CLAIMS for setting in claim.ours}
+    if missing := [method for method in methods if method not in names]:
+        raise GuidanceError(
+            f"there is no claim about {', '.join(missing)}. There are some about: "
+            f"{', '.join(sorted(names))}."
+        )
+    return [claim for claim in CLAIMS if not methods or claim.ours[0].method in methods]
+
+
 def questions_of(kind: str, questions: Questions) -> Questions:
     """What a claim asks: as many pictures as `questions` has, of other prompts."""
     if kind == "nothing":
@@ -184,35 +195,55 @@ def questions_of(kind: str, questions: Questions) -> Questions:
     return questions
 
 
-def verify(
-    bases: Sequence[Recipe],
-    questions: Questions,
-    out: Path,
-    process: Process,
-    tell: Tell = lambda call: None,
-    claims: Sequence[Claim] = CLAIMS,
-) -> list[Verdict] | None:
-    """The verdicts on the models of `bases`; None while other processes are at work.
+class Trial:
+    """Claims on the models of `bases`, with the answers in the folder `out`.
 
-    The settings of all claims are run once each, with the answers kept in the folder `out`.
+    The settings of all claims are run once each, whichever claims share them.
     """
-    kinds = dict.fromkeys(claim.asked for claim in claims)
-    benches = {kind: Bench(out, questions_of(kind, questions), process) for kind in kinds}
-    plans = [(base, claim) for base in bases for claim in claims]
-    arms: dict[_Key, Arm] = {}
-    for base, claim in plans:
-        for setting in _settings(claim):
-            if (made := _arm(base, setting)) is not None:
-                arms.setdefault(_key(claim, made), made)
-    for kind, bench in benches.items():
-        bench.run([each for key, each in arms.items() if key.asked == kind], tell)
-    found: dict[_Key, Result] = {}
-    for key, each in arms.items():
-        result = benches[key.asked].result(each)
-        if result is None:
-            return None
-        found[key] = result
-    return [_verdict(base, claim, benches[claim.asked], found) for base, claim in plans]
+
+    def __init__(
+        self,
+        bases: Sequence[Recipe],
+        questions: Questions,
+        out: Path,
+        process: Process,
+        claims: Sequence[Claim] = CLAIMS,
+    ) -> None:
+        kinds = dict.fromkeys(claim.asked for claim in claims)
+        self._benches = {kind: Bench(out, questions_of(kind, questions), process) for kind in kinds}
+        self._plans = [(base, claim) for base in bases for claim in claims]
+        self._arms: dict[_Key, Arm] = {}
+        for base, claim in self._plans:
+            for setting in _settings(claim):
+                if (made := _arm(base, setting)) is not None:
+                    self._arms.setdefault(_key(claim, made), made)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of the pipeline that all settings take."""
+        return [
+            call for kind in self._benches for call in self._benches[kind].calls(self._of(kind))
+        ]
+
+    def _of(self, kind: Asked) -> list[Arm]:
+        return [each for key, each in self._arms.items() if key.asked == kind]
+
+    def run(self, tell: Tell = lambda call: None) -> None:
+        """Make this process's share of the pictures that are not there yet."""
+        for kind, bench in self._benches.items():
+            bench.run(self._of(kind), tell)
+
+    def verdicts(self) -> list[Verdict] | None:
+        """One per claim and model; None while other processes are at work."""
+        found: dict[_Key, Result] = {}
+        for key, each in self._arms.items():
+            result = self._benches[key.asked].result(each)
+            if result is None:
+                return None
+            found[key] = result
+        return [
+            _verdict(base, claim, self._benches[claim.asked], found) for base, claim in self._plans
+        ]
 
 
 class _Key(NamedTuple):
@@ -277,9 +308,27 @@ def _distance(bench: Bench, ours: Arm, reference: Arm) -> Figure:
     return figure(mean(distance(*pairs), a.number), len(bench.questions.prompts))
 
 
-def table(verdicts: Sequence[Verdict]) -> str:
-    """Markdown: a row per claim and model."""
+Intervals = Mapping[tuple[str, str], tuple[float, float]]
+"""The 95 % intervals of differences, by model and claim."""
+
+
+def read_intervals(path: Path) -> Intervals:
+    """Those of a claims.json that was written before."""
+    try:
+        rows = json.loads(path.read_text())["claims"]
+        return {
+            (row["model"], row["claim"]): tuple(row["interval"]) for row in rows if row["interval"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GuidanceError(
+            f"--against: found {path}, expected a claims.json ({error})."
+        ) from error
+
+
+def table(verdicts: Sequence[Verdict], earlier: Intervals | None = None) -> str:
+    """Markdown: a row per claim and model; with `earlier`, whether a repetition agrees."""
     heads = ["claim", "paper", "model", "figure", "ours", "theirs", "difference", "verdict"]
+    heads += ["earlier interval", "inside"] if earlier is not None else []
     lines = [heads, ["---"] * len(heads)]
     for each in verdicts:
         claim = each.claim
@@ -287,27 +336,41 @@ def table(verdicts: Sequence[Verdict]) -> str:
         sides = " - ".join(map(str, claim.ours)), " - ".join(map(str, claim.theirs))
         start = [claim.words, link, each.model, claim.figure.replace("_", " ")]
         if each.difference is None or each.ours is None or each.theirs is None:
-            lines.append([*start, sides[0], sides[1], "", f"not tested: {each.refused}"])
+            line = [*start, sides[0], sides[1], "", f"not tested: {each.refused}"]
+            lines.append(line + [""] * (len(heads) - len(line)))
             continue
         digits = 4 if claim.figure in ("frechet", "colour_error", "distance") else 3
-        lines.append(
-            [
-                *start,
-                f"{sides[0]}: {interval(each.ours, digits)}",
-                f"{sides[1]}: {interval(each.theirs, digits)}",
-                interval(each.difference, digits),
-                f"**{each}**",
-            ]
-        )
+        line = [
+            *start,
+            f"{sides[0]}: {interval(each.ours, digits)}",
+            f"{sides[1]}: {interval(each.theirs, digits)}",
+            interval(each.difference, digits),
+            f"**{each}**",
+        ]
+        if earlier is not None:
+            known = earlier.get((each.model, claim.words))
+            line += ["", ""] if known is None else _agreement(each.difference, known, digits)
+        lines.append(line)
     return markdown(lines)
 
 
-def write(out: Path, verdicts: Sequence[Verdict], facts: Mapping[str, Any]) -> list[Path]:
-    """claims.md and claims.json in the folder `out`."""
+def _agreement(difference: Figure, earlier: tuple[float, float], digits: int) -> list[str]:
+    low, high = earlier
+    inside = low <= difference.value <= high
+    return [f"{low:.{digits}f} to {high:.{digits}f}", "yes" if inside else "no"]
+
+
+def write(
+    out: Path,
+    verdicts: Sequence[Verdict],
+    facts: Mapping[str, Any],
+    earlier: Intervals | None = None,
+) -> list[Path]:
+    """claims.md and claims.json in the folder `out`; `earlier` as in `table`."""
     head = "\n".join(f"* {name}: {value}" for name, value in facts.items())
     assert __doc__ is not None
     method = __doc__.partition("\n\n")[2].strip()
-    text = f"# Claims\n\n{method}\n\n{head}\n\n{table(verdicts)}\n"
+    text = f"# Claims\n\n{method}\n\n{head}\n\n{table(verdicts, earlier)}\n"
     content = {
         "versions": installed_versions(),
         **facts,

@@ -20,7 +20,7 @@ from .. import bundled
 from ..engine import Watch
 from ..errors import GuidanceError
 from ..files import written_whole
-from ..generate import refusals, scale_name, warm_up, with_scale
+from ..generate import arguments, refusals, warm_up, with_scale
 from ..loading import default_scale, load_pipeline
 from ..recipe import Recipe, installed_versions
 from ..registry import parse
@@ -128,15 +128,17 @@ def calls(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Call]:
 class Sample:
     """The finished pictures of an arm.
 
-    `pictures` (n, H, W, 3) uint8, `number` (n,) the prompts' numbers, `effective_scale` and
-    `latent_std` (n,), the latter of the last predicted clean latent; `steps` has one row per step:
-    noise level, and means over all pictures of scale, difference and cosine (see `TracePoint`).
+    `pictures` (n, H, W, 3) uint8, `number` (n,) the prompts' numbers, `effective_scale`,
+    `latent_std` and `latent_mean` (n,), the latter two of the last predicted clean latent: its
+    standard deviation, and the root mean square of its channels' means. `steps` has one row per
+    step: noise level, and means over all pictures of scale, difference and cosine (`TracePoint`).
     """
 
     pictures: Array
     number: Array
     effective_scale: Array
     latent_std: Array
+    latent_mean: Array
     steps: Array
     rows: float
     """Network rows per picture."""
@@ -194,17 +196,9 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
     """One call of the pipeline, as arrays; see `read`."""
     recipe = call.arm.recipe
     trace, latents = Trace(), _LastLatent()
-    given: dict[str, Any] = {
-        "prompt": [ask.prompt for ask in call.asks],
-        "num_inference_steps": recipe.steps,
-        "generator": [torch.Generator("cpu").manual_seed(ask.seed) for ask in call.asks],
-        "output_type": "np",
-        scale_name(pipe): recipe.guidance_scale,
-    }
-    if call.negative:
-        given["negative_prompt"] = [call.negative] * len(call.asks)
-    if recipe.size is not None:
-        given["width"], given["height"] = recipe.size
+    asked = [(ask.prompt, ask.seed) for ask in call.asks]
+    given = arguments(pipe, replace(recipe, negative=call.negative), asked)
+    given["output_type"] = "np"
     if cuda := str(pipe.device).startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     with (
@@ -234,6 +228,7 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
         "number": np.array([ask.number for ask in call.asks]),
         "effective_scale": scale.numpy(),
         "latent_std": latents.std.cpu().numpy(),
+        "latent_mean": latents.mean.cpu().numpy(),
         "steps": np.array([[p.noise, p.scale, p.difference, p.cosine] for p in trace.points]),
         "facts": np.array(json.dumps(facts)),
     }
@@ -266,6 +261,7 @@ def read(todo: Sequence[Call]) -> Sample | None:
         joined("number"),
         joined("effective_scale"),
         joined("latent_std"),
+        joined("latent_mean"),
         np.average([part["steps"] for part in parts], axis=0, weights=counts),
         total("rows") / counts.sum(),
         total("seconds") / counts.sum(),
@@ -274,11 +270,13 @@ def read(todo: Sequence[Call]) -> Sample | None:
 
 
 class _LastLatent:
-    """Watches a run for the standard deviation of the clean latent that it ends with, (n,)."""
+    """Watches a run for what the clean latent that it ends with has drifted to; see `Sample`."""
 
     def __call__(self, step: Step, guided: Prediction) -> None:
         if step.index == step.total - 1:
-            self.std = guided.x0.flatten(1).std(dim=1)
+            clean = guided.x0
+            self.std = clean.flatten(1).std(dim=1)
+            self.mean = clean.flatten(2).mean(2).square().mean(1).sqrt()
 
 
 def _both(*watches: Watch) -> Watch:

@@ -218,11 +218,8 @@ def watch(
     if not seeds:
         raise GuidanceError("seeds: found none, expected at least one.")
     recipes = [replace(recipe, seed=seed) for seed in seeds]  # raises for one out of range
-    count, given = len(seeds), arguments(pipe, recipes[0])
-    given["generator"] = [torch.Generator("cpu").manual_seed(each.seed) for each in recipes]
-    for name in ("prompt", "negative_prompt"):
-        if name in given:
-            given[name] = [given[name]] * count
+    count = len(seeds)
+    given = arguments(pipe, recipe, [(each.prompt, each.seed) for each in recipes])
     guidance = parse(recipe.guidance)
     along_difference = (Guidance.effective_scale, Sum.effective_scale)  # 1 if there is none
     says_scale = type(guidance).effective_scale not in along_difference

@@ -19,7 +19,8 @@ STRENGTHS = {
 """What can be matched, and the figure that says it."""
 
 LOWEST, HIGHEST = 1.0, 32.0
-ROUNDS = 6  # 32 to the power of 2^-6: the scale is found up to 6 %
+ROUNDS = 7
+NEAR = 0.02  # of the target: near enough
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,35 @@ class Match:
     """Whether the wanted one lies between figures that were seen, or within a tenth of one."""
 
 
-def match(value: Callable[[float], float], target: float, falling: bool = False) -> Match:
-    """Bisect the logarithm of the scale until `value(scale)` is about `target`.
+def match(
+    value: Callable[[float], float], target: float, start: float, falling: bool = False
+) -> Match:
+    """Search for the scale at which `value(scale)` is `target`, from the scale `start`.
 
-    `falling` says that the figure falls with the scale, as diversity does. Of the scales tried, the
-    one whose figure is nearest is returned.
+    `falling` says that the figure falls with the scale, as diversity does. Logarithms of the scale
+    and the figure are taken to lie on a line through the two latest scales (at first: to be
+    proportional). Where that leads out of the interval that must hold the answer, or has not
+    halved it, it is bisected. Of the scales tried, the one whose figure is nearest is returned.
     """
     low, high = math.log(LOWEST), math.log(HIGHEST)
+    slope = -1.0 if falling else 1.0
     seen: dict[float, float] = {}
-    for _ in range(ROUNDS):
-        middle = (low + high) / 2
-        scale = round(math.exp(middle), 3)
-        seen[scale] = value(scale)
-        if (seen[scale] < target) != falling:
-            low = middle
-        else:
-            high = middle
+    at, before = math.log(start), None
+    for tries in range(ROUNDS):
+        scale = round(math.exp(at), 3)
+        found = seen[scale] = value(scale)
+        if abs(found - target) <= NEAR * abs(target):
+            break
+        width = high - low
+        low, high = (at, high) if (found < target) != falling else (low, at)
+        guess = low
+        if min(found, target) > 0:
+            point = at, math.log(found)
+            if before is not None and point[0] != before[0] and point[1] != before[1]:
+                slope = (point[1] - before[1]) / (point[0] - before[0])
+            before, guess = point, at + (math.log(target) - point[1]) / slope
+        stuck = tries > 1 and high - low > width / 2
+        at = guess if low < guess < high and not stuck else (low + high) / 2
     scale = min(seen, key=lambda each: abs(seen[each] - target))
     between = min(seen.values()) <= target <= max(seen.values())
     return Match(scale, seen[scale], target, between or abs(seen[scale] - target) < 0.1 * target)

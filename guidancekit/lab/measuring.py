@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..loading import load_pipeline
 from ..measures import STATISTICS
 from ..recipe import Recipe
+from ..scoring import CLIPScore
 from . import metrics
 from .experiment import Array, Questions, Sample
 from .metrics import Figure, Metric, figure, mean
@@ -21,11 +23,12 @@ NEAR = 16  # true pictures per caption for precision and recall, whose cost grow
 WORDS = {
     "adherence": "everything that the caption names is right",
     "diversity": "how much the pictures of a caption differ in what it leaves free; 1 is the truth",
-    "total_variation": "preferences among what is free, all captions together",
+    "total_variation": "preferences among what is free, all captions together; 0 is the truth",
+    "entropy": "of what is free, all captions together, as a share of the uniform one's",
     "precision": "pictures that lie among true ones",
     "recall": "true pictures that lie among those drawn",
     "frechet": "Frechet distance to true pictures of the same captions, recogniser's features",
-    "colour_error": "distance of backgrounds from the palette, 0 to 1",
+    "colour_error": "distance of objects and backgrounds from the palette's colours, 0 to 1",
     "pixel_diversity": "root mean square distance of two pictures of a caption, 0 to 1",
     "saturation": "mean HSV saturation",
     "clipping": "pixels at the end of their range",
@@ -34,17 +37,24 @@ WORDS = {
     "colourfulness": "spread and strength of the opponent colours",
     "sharpness": "variance of the luma's Laplacian",
     "latent_std": "standard deviation of the last predicted clean latent",
+    "latent_mean": "its drift: root mean square of its channels' means",
     "effective_scale": "how far along cond - uncond, averaged over the steps",
+    "clip_score": "cosine of the CLIP embeddings of picture and prompt",
     "negative_shown": "pictures that show what the negative prompt names",
 }
-"""All figures, and what they are."""
+"""The figures, and what they are; besides, "colour right" and the like (adherence of an attribute)
+and "diversity colour" and the like (of one factor)."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of an arm, by name, and what it cost per picture."""
+    """The figures of an arm, by name, what it did per step, and what it cost per picture.
+
+    `steps` as in `Sample`.
+    """
 
     figures: dict[str, Figure]
+    steps: Array
     rows: float
     seconds: float
     memory: float
@@ -52,10 +62,15 @@ class Measured:
 
 @dataclass
 class Laboratory:
-    """Measures samples that answer `questions`; of the scenes world if there is a `judge`."""
+    """Measures samples that answer `questions`; of the scenes world if there is a `judge`.
+
+    `clip` holds pictures against their prompts where there is one; it runs on `device`.
+    """
 
     questions: Questions
     judge: Judge | None = None
+    clip: CLIPScore | None = None
+    device: str = "cpu"
 
     @property
     def captions(self) -> int:
@@ -67,14 +82,17 @@ class Laboratory:
         found: dict[str, Metric] = {}
         if self.judge is not None:
             found |= self._seen(self.judge, sample.pictures, number)
+        if self.clip is not None:
+            found["clip_score"] = mean(self._clip_scores(self.clip, pictures, number), number)
         for name, statistic in STATISTICS.items():
             found[name] = mean(statistic(pictures), number)
         found["pixel_diversity"] = metrics.pixel_diversity(sample.pictures, number)
         found["latent_std"] = mean(sample.latent_std, number)
+        found["latent_mean"] = mean(sample.latent_mean, number)
         found["effective_scale"] = mean(sample.effective_scale, number)
         figures = {name: figure(metric, self.captions) for name, metric in found.items()}
         known = {name: each for name, each in figures.items() if not np.isnan(each.value)}
-        return Measured(known, sample.rows, sample.seconds, sample.memory)
+        return Measured(known, sample.steps, sample.rows, sample.seconds, sample.memory)
 
     def _seen(self, judge: Judge, pictures: Array, number: Array) -> dict[str, Metric]:
         """What a recogniser sees, against the truth."""
@@ -89,6 +107,7 @@ class Laboratory:
             "adherence": mean(seen.marks["all"], number),
             "diversity": metrics.diversity(seen.factors, sizes, number),
             "total_variation": metrics.total_variation(seen.factors, sizes, number),
+            "entropy": metrics.entropy(seen.factors, sizes, number),
             "precision": precision,
             "recall": recall,
             "frechet": metrics.frechet(seen.features, number, true.features, true.number),
@@ -97,11 +116,25 @@ class Laboratory:
         for name, marks in seen.marks.items():
             if name != "all":
                 found[f"{name} right"] = mean(marks, number)
+        for kind in dict.fromkeys(map(metrics.kind, seen.factors)):
+            own = {name: each for name, each in seen.factors.items() if metrics.kind(name) == kind}
+            found[f"diversity {kind}"] = metrics.diversity(own, sizes, number)
         if self.questions.negative:
             unwanted = [self.questions.negative] * len(pictures)
             shown = judge.look(pictures, unwanted).marks["all"]
             found["negative_shown"] = mean(shown, number)
         return found
+
+    def _clip_scores(self, clip: CLIPScore, pictures: Array, number: Array) -> Array:
+        """One per picture (n,), caption by caption."""
+        scores = np.empty(len(pictures))
+        for caption in np.unique(number):
+            own = number == caption
+            images = torch.from_numpy(pictures[own]).permute(0, 3, 1, 2).to(self.device)
+            held = clip.about(self.questions.prompts[caption])
+            with torch.no_grad():
+                scores[own] = torch.cat([held(part) for part in images.split(32)]).cpu().numpy()
+        return scores
 
     @cached_property
     def _truth(self) -> _Truth:
@@ -142,11 +175,12 @@ class Laboratory:
         pictures, number = self._renders(self.questions.seeds, TRUTH_SEED + 1)
         unknown = np.full(len(number), np.nan)
         steps = np.empty((0, 4))
-        return Sample(pictures, number, unknown, unknown, steps, float("nan"), 0.0, float("nan"))
+        return Sample(
+            pictures, number, unknown, unknown, unknown, steps, float("nan"), 0.0, float("nan")
+        )
 
 
-@dataclass(frozen=True)
-class _Truth:
+class _Truth(NamedTuple):
     """Features of true pictures, `RENDERS` per caption."""
 
     features: Array

@@ -96,22 +96,49 @@ def total_variation(
     those of both objects count as one. A model that prefers one colour shows it here even if the
     pictures of a caption differ. Chance alone makes it larger than 0: compare with true pictures.
     """
+    return _of_shares(
+        lambda shares: 0.5 * np.abs(shares - 1 / len(shares)).sum(), factors, sizes, number
+    )
+
+
+def entropy(factors: Mapping[str, Array], sizes: Mapping[str, int], number: Array) -> Metric:
+    """Entropy of the free factors over all captions together, as a share of the uniform one's.
+
+    From 0, always the same value, to 1; averaged over the factors as `total_variation` is. Chance
+    alone makes it smaller than 1: compare with true pictures.
+    """
+    return _of_shares(
+        lambda shares: -(shares * np.log(np.where(shares, shares, 1))).sum() / np.log(len(shares)),
+        factors,
+        sizes,
+        number,
+    )
+
+
+def _of_shares(
+    measure: Callable[[Array], float],
+    factors: Mapping[str, Array],
+    sizes: Mapping[str, int],
+    number: Array,
+) -> Metric:
+    """The mean over the factors of what is measured of their values' shares, all captions' (K,)."""
     captions = int(number.max()) + 1
     counts: dict[str, Array] = {}
     for name, values in factors.items():
-        kind = name.rstrip(" 01")
         table = [_counts(values[number == c], sizes[name]) for c in range(captions)]
-        counts[kind] = counts.get(kind, 0) + np.stack(table)
+        counts[kind(name)] = counts.get(kind(name), 0) + np.stack(table)
 
     def metric(kept: Array) -> float:
-        found = []
-        for table in counts.values():
-            total = table[kept].sum(0)
-            if total.sum():
-                found.append(0.5 * np.abs(total / total.sum() - 1 / len(total)).sum())
+        totals = [table[kept].sum(0) for table in counts.values()]
+        found = [measure(total / total.sum()) for total in totals if total.sum()]
         return float(np.mean(found)) if found else float("nan")
 
     return metric
+
+
+def kind(factor: str) -> str:
+    """What a factor is whichever of the two objects has it: "shape" of "shape 0" and "shape 1"."""
+    return factor.rstrip(" 01")
 
 
 def _counts(values: Array, size: int) -> Array:

@@ -142,17 +142,27 @@ class Judge:
         return {name: value(name) for name in free(wanted)}
 
     def colour_error(self, pictures: Array, scenes: Sequence[Any]) -> Array:
-        """Distance of backgrounds from the palette's colour that they are closest to being, (n,).
+        """Distance of a picture's colours from the palette's that they are recognised as, (n,).
 
-        Root mean square over the channels, from 0 to 1, of the median colour of the outermost
-        pixels against the background that is recognised. True pictures have some too: the world
-        varies its colours a little.
+        Every pixel belongs to the nearest of the scene's colours, objects' and background's. Root
+        mean square over the channels, from 0 to 1, of the difference between the median of what
+        belongs to a colour and that colour; the mean over the colours. True pictures have some too:
+        the world varies its colours a little, and has shadows and textures.
         """
-        edge = np.concatenate(
-            [pictures[:, 0], pictures[:, -1], pictures[:, :, 0], pictures[:, :, -1]], axis=1
-        )
-        palette = np.array([self.here.world.BACKGROUNDS[scene.background] for scene in scenes])
-        return np.sqrt(np.square((np.median(edge, axis=1) - palette) / 255).mean(axis=1))
+        found = np.empty(len(pictures))
+        for i, (picture, scene) in enumerate(zip(pictures, scenes, strict=True)):
+            objects = {self.here.world.COLOURS[thing.colour] for thing in scene.objects}
+            colours = np.array([*objects, self.here.world.BACKGROUNDS[scene.background]], float)
+            pixels = picture.reshape(-1, 3).astype(float)
+            nearest = np.square(pixels[:, None] - colours).sum(-1).argmin(1)
+            medians = [
+                (np.median(pixels[nearest == k], axis=0), colour)
+                for k, colour in enumerate(colours)
+                if (nearest == k).any()
+            ]
+            errors = [np.sqrt(np.square((seen - true) / 255).mean()) for seen, true in medians]
+            found[i] = np.mean(errors)
+        return found
 
     def truth(self, prompt: str, count: int, seed: tuple[int, ...] = (TRUTH_SEED,)) -> Array:
         """Fresh renders of what a caption may mean, uint8 (count, 64, 64, 3)."""
