@@ -29,9 +29,10 @@ State = SimpleNamespace
 """What a strategy remembers within one run; the engine hands out an empty one at each start."""
 
 
-Demand = Literal["any", "one step", "first order", "flow"]
-"""A scheduler's step that reads nothing of earlier ones; that is a straight line as well; or that
-follows the ODE of a flow model with one evaluation."""
+Demand = Literal["any", "one step", "first order", "flow", "renoising"]
+"""A scheduler's step that reads nothing of earlier ones; that is a straight line as well; that
+follows the ODE of a flow model with one evaluation; or whose latent may be edited afterwards, on
+the way to the clean latent or, by DDIM, back to noise."""
 
 
 class Guidance(PipelineCallback):

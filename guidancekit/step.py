@@ -287,10 +287,16 @@ class Step(Moment):
         cond, uncond = self.cond.out, self.uncond.out
         return self.predict(out=(cond - uncond).mul_(w).add_(uncond))
 
+    def renoise_next(self, latents: Tensor, d: Tensor) -> Tensor:
+        """Move the noise in the next `latents` by `d`; see `shift_next`."""
+        return self._edited(latents, self.next_level.sigma, d)
+
     def shift_next(self, latents: Tensor, d: Tensor) -> Tensor:
         """Move the clean estimate behind the next `latents` by `d` at fixed noise (float32 inside).
 
         Exact for any solver step: ``latents + scale' * alpha' * d`` in the scheduler's own scale.
         """
-        weight = self.next_level.scale * self.next_level.alpha
-        return (latents.float() + weight * d).to(latents.dtype)
+        return self._edited(latents, self.next_level.alpha, d)
+
+    def _edited(self, latents: Tensor, share: float, d: Tensor) -> Tensor:
+        return (latents.float() + self.next_level.scale * share * d).to(latents.dtype)

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
-from guidancekit import bundled
+from guidancekit import bundled, measures
 from guidancekit.cli import main
 from guidancekit.errors import GuidanceError
 from guidancekit.lab import claims, report
-from guidancekit.lab.bench import Bench, make_arms
+from guidancekit.lab.bench import Bench, Result, make_arms
 from guidancekit.lab.claims import CLAIMS, Claim, Setting, Trial, Verdict
 from guidancekit.lab.experiment import Questions, arm
 from guidancekit.lab.matching import HIGHEST, LOWEST, ROUNDS, match
-from guidancekit.lab.measuring import WORDS
+from guidancekit.lab.measuring import WORDS, Measured
 from guidancekit.lab.metrics import Figure
 from guidancekit.lab.scenes import captions
 from guidancekit.recipe import Recipe
@@ -163,6 +164,62 @@ def test_methods_are_matched_to_the_strength_of_cfg(tmp_path):
     value = second.measured.figures["effective_scale"].value
     assert value == second.match.value and value == pytest.approx(4, rel=0.1)
     assert second.arm.scale > 4  # it guides in fewer steps
+
+
+def test_an_inverted_picture_comes_back(tmp_path):
+    bench = Bench(tmp_path, replace(ASKED, inverted=True, batch=8))
+    arms = [arm(replace(BASE, steps=10), "cfg", scale) for scale in (1.0, 8.0)]
+    bench.run(arms)
+    plain, guided = (bench.result(each).measured.figures for each in arms)
+    assert plain["reconstruction"].value < 0.8 * guided["reconstruction"].value
+    sample = bench.sample(arms[0])
+    shown = measures.distance(*(x / 255 for x in (sample.pictures, sample.originals)))
+    assert plain["reconstruction"].value == pytest.approx(shown.mean(), rel=1e-4)
+    assert len(np.unique(sample.originals, axis=0)) == 6
+    paths = {call.path for call in bench.calls(arms)}
+    drawn = Bench(tmp_path, replace(ASKED, batch=8))
+    assert not paths & {call.path for call in drawn.calls(arms)}
+    euler = arm(replace(BASE, scheduler="euler"), "cfg", 1.0)
+    bench.run([euler])
+    assert "expected DDIMScheduler" in bench.result(euler).refused
+
+
+def test_what_a_method_gains_is_said_where_it_is_certain(tmp_path):
+    def result(method, **figures):
+        found = {name: _figure(*values) for name, values in figures.items()}
+        measured = Measured(found, np.ones((4, 4)), rows=60.0, seconds=1.0, memory=float("nan"))
+        return Result(arm(BASE, method, 4.0), measured)
+
+    still = dict(adherence=(0.5, 0.0), recall=(0.5, 0.0), frechet=(0.10, 0.0))
+    first = result("cfg", **still)
+    better = result("apg", adherence=(0.6, 0.01), recall=(0.6, 0.09), frechet=(0.05, 0.01))
+    worse = result("cads", adherence=(0.4, 0.01), recall=(0.5, 0.01), frechet=(0.15, 0.01))
+    refused = Result(arm(BASE, "tcfg", 4.0), refused="why")
+    lines = report.differences(first, [better, worse, refused]).splitlines()[2:]
+    gain = "adherence +0.100 ±0.020, frechet -0.0500 ±0.0196"
+    loss = "adherence -0.100 ±0.020, frechet +0.0500 ±0.0196"
+    assert lines[0] == f"| apg 4 | {gain} | nothing certain | 1.00 | 1.00 |"
+    assert lines[1] == f"| cads 4 | nothing certain | {loss} | 1.00 | 1.00 |"
+    assert "refused: why" in lines[2]
+    path = tmp_path / "forest.png"
+    assert report.forest([first, better, worse, refused], path) and path.stat().st_size > 5000
+    assert not report.forest([first], tmp_path / "none.png")
+
+
+def test_the_steps_are_those_of_the_arm_in_the_middle(tmp_path, monkeypatch):
+    drawn, plot = [], Axes.plot
+
+    def noted(axes, *values, **style):
+        drawn.append(style["label"])
+        return plot(axes, *values, **style)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    steps = np.ones((4, 4))
+    arms = [arm(BASE, "cfg", scale) for scale in (2.0, 4.0, 8.0)]
+    results = [Result(each, Measured({}, steps, 60.0, 1.0, 0.0)) for each in arms]
+    assert report.over_steps(results, tmp_path / "steps.png")
+    assert drawn == ["cfg 4"] * 3
+    assert not report.over_steps([Result(arms[0], refused="why")], tmp_path / "none.png")
 
 
 def _figure(value, error, count=16):

@@ -256,3 +256,27 @@ def test_lambda_may_be_a_schedule():
     gain = gains((*(record.nsr for record in guidance.report().steps), 0.0))
     lambdas = [w / g for w, g in zip(guidance.report().effective_scale, gain, strict=True)]
     assert lambdas == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.8, 2.0], rel=1e-4)
+
+
+def test_inversion_and_the_way_back_are_each_other_s_inverse():
+    """With a network that says the same wherever it is asked, as the card's algebra has it."""
+    pipe = with_scheduler("DDIMScheduler", timestep_spacing="trailing", clip_sample=False)
+    call = {**CALL, "num_inference_steps": 5, "guidance_scale": 7.5}  # 5 steps divide the schedule
+    said = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+
+    watch = pipe.unet.conv_out.register_forward_hook(lambda *_: said)
+    try:
+        start = noise(pipe)
+        forwards, backwards = pipe.scheduler, diffusers.DDIMInverseScheduler
+        pipe.scheduler = backwards.from_config(forwards.config)
+        with CFGPlusPlus(LAMBDA).attach(pipe) as guidance:
+            noised = pipe(**call, latents=start).images
+        there = guidance.report().effective_scale
+        pipe.scheduler = forwards
+        with CFGPlusPlus(LAMBDA).attach(pipe) as guidance:
+            back = pipe(**call, latents=noised).images
+    finally:
+        watch.remove()
+    assert not torch.allclose(noised, start, atol=0.1)
+    torch.testing.assert_close(back, start, atol=1e-3, rtol=1e-3)
+    assert there == pytest.approx(guidance.report().effective_scale[::-1], rel=1e-3)

@@ -560,7 +560,7 @@ def shown(judge):
     for text in lab.captions(40):
         rng = np.random.default_rng([lab.TRUTH_SEED, *text.encode()])
         scenes += [complete(parse(text), rng) for _ in range(each)]
-        pictures.append(judge.truth(text, each))
+        pictures.append(lab.truth(text, each))
         prompts += [text] * each
     pictures = np.concatenate(pictures)
     return prompts, scenes, pictures, judge.look(pictures, prompts)
@@ -643,7 +643,7 @@ def test_pictures_are_judged_one_by_one(judge, shown):
 
 def test_the_wrong_caption_is_seen(judge, shown):
     text = "a red star on a navy background"
-    pictures = judge.truth(text, 8)
+    pictures = lab.truth(text, 8)
     seen = judge.look(pictures, ["a red star on a white background", "a blue star"] * 4)
     assert (
         seen.marks["background"][::2].max() == 0 and np.isnan(seen.marks["background"][1::2]).all()
@@ -657,17 +657,17 @@ def test_the_wrong_caption_is_seen(judge, shown):
 
 def test_truth_depends_on_prompt_and_seed_alone(judge):
     text = "a red star"
-    picture = judge.truth(text, 2)
+    picture = lab.truth(text, 2)
     assert picture.shape == (2, 64, 64, 3) and picture.dtype == np.uint8
-    assert np.array_equal(picture, judge.truth(text, 2))
-    assert not np.array_equal(picture, judge.truth(text, 2, seed=(5,)))
-    assert not np.array_equal(picture, judge.truth("a blue star", 2))
+    assert np.array_equal(picture, lab.truth(text, 2))
+    assert not np.array_equal(picture, lab.truth(text, 2, seed=(5,)))
+    assert not np.array_equal(picture, lab.truth("a blue star", 2))
 
 
 def test_features_have_the_variance_they_say(judge):
     mean, components = judge.components
     assert mean.shape == (160,) and components.shape == (160, lab.COMPONENTS)
-    seen = judge.look(judge.truth("", 300, seed=(5,)), [""] * 300)
+    seen = judge.look(lab.truth("", 300, seed=(5,)), [""] * 300)
     variance = seen.features.var(0)
     # 89 % of that of all scenes, within what 300 of them tell
     assert variance.sum() == pytest.approx(0.89, abs=0.06)
@@ -692,9 +692,9 @@ def test_colour_error_is_the_distance_to_the_palette(judge):
     twins = Scene((Thing(colour="red"), Thing(colour="red")), "above", "navy")
     np.testing.assert_allclose(judge.colour_error(pictures[1:2], [twins]), off / 2)
     prompt = "a red star on a navy background"
-    true = judge.colour_error(judge.truth(prompt, 20), [scene] * 20)
+    true = judge.colour_error(lab.truth(prompt, 20), [scene] * 20)
     assert 0 < true.max() < 0.1
-    wrong = judge.colour_error(judge.truth("a blue star on a navy background", 20), [scene] * 20)
+    wrong = judge.colour_error(lab.truth("a blue star on a navy background", 20), [scene] * 20)
     assert wrong.min() > true.max()
 
 

@@ -109,7 +109,7 @@ CASES = {
     "DDIM, eta > 0": Case(DDIM, rules=ONE_STEP, noisy=True, eta=0.7, kinds=EPS),
     "DDIM, zero terminal SNR": Case(DDIM, ZERO_SNR, STRAIGHT, kinds=V),
     "DDIM, parallel": Case("DDIMParallelScheduler", rules=STRAIGHT, kinds=V),
-    "DDIM, inverse": Case("DDIMInverseScheduler", told=False),
+    "DDIM, inverse": Case("DDIMInverseScheduler", rules=("cfg++",), told=False, kinds=ALL),
     "DDPM": Case("DDPMScheduler", rules=ONE_STEP, kinds=ALL, noisy=True),
     "DDPM, trailing": Case(
         "DDPMScheduler", dict(timestep_spacing="trailing"), ONE_STEP, noisy=True, kinds=V
@@ -738,8 +738,14 @@ class ByHand:
 
 
 def cfgpp(hand, latents, x, now, after, t, _):
-    """The solver on the unconditional prediction, then a push of the clean estimate."""
+    """The solver on the unconditional prediction, then a push of the clean estimate.
+
+    The inversion of the official code: remove the unconditional noise, add the guided one.
+    """
     cond, uncond = (hand.predict(branch, x, t, now) for branch in ("cond", "uncond"))
+    if after.nsr > now.nsr:
+        eps = uncond.eps + LAMBDA * (cond.eps - uncond.eps)
+        return after.alpha * (x - now.sigma * uncond.eps) / now.alpha + after.sigma * eps
     push = after.scale * after.alpha * LAMBDA * (cond.x0 - uncond.x0)
     return hand.step(uncond.out, t, latents) + push
 

@@ -325,8 +325,10 @@ def check(scheduler: Any, guidance: Guidance, eta: float | None = None) -> None:
         )
 
 
+EDITING = ("edits", "renoising")
 _PURPOSES = {
     "edits": "corrects the latents after each step",
+    "renoising": "corrects the latents after each step",
     "one step": "moves the latents before each step",
     "first order": "needs a first-order deterministic step",
     "flow": "needs a deterministic step of one evaluation",
@@ -343,7 +345,7 @@ def _obstacle(scheduler: Any, demand: str) -> str | None:
     noisy = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
     if noisy and demand in ("first order", "flow"):
         return "adds noise as it is configured (stochastic_sampling, or an SDE algorithm_type)"
-    if demand == "edits" and (config.get("clip_sample") or config.get("thresholding")):
+    if demand in EDITING and (config.get("clip_sample") or config.get("thresholding")):
         return "clips the clean estimate (set clip_sample and thresholding to False)"
     if getattr(scheduler, "_scale_factors", None):
         return "changes the size of the latents (scale_factors)"
@@ -352,7 +354,7 @@ def _obstacle(scheduler: Any, demand: str) -> str | None:
 
 def _unfit(solver: Solver, demand: str) -> str | None:
     """What keeps a class of schedulers from giving what is demanded."""
-    if solver.inverts:
+    if solver.inverts and (demand != "renoising" or solver.memory != "nothing"):
         return "walks towards noise"
     if solver.noisy and demand in ("first order", "flow"):
         return "adds noise"
@@ -362,7 +364,7 @@ def _unfit(solver: Solver, demand: str) -> str | None:
         return "evaluates the network several times" if solver.memory == "stages" else None
     if solver.memory in ("stages", "latents"):
         return "keeps latents of its own, so that this would be lost or counted twice"
-    if solver.memory == "predictions" and demand != "edits":
+    if solver.memory == "predictions" and demand not in EDITING:
         return "goes on from its predictions at earlier latents"
     return None
 

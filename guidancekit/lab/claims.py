@@ -27,7 +27,7 @@ from .metrics import Figure, figure, mean
 from .report import interval, markdown
 
 Direction = Literal["higher", "lower", "same"]
-Asked = Literal["captions", "nothing", "unwanted"]
+Asked = Literal["captions", "nothing", "unwanted", "inverted"]
 NEGATIVE = "a large shape"
 UNWANTED = tuple(
     f"a {colour} {shape}"
@@ -56,7 +56,8 @@ class Claim:
 
     Where there are two settings on a side, their difference is meant: first minus second. The
     figure "distance" is that of the pictures to the ones of `reference`. `asked`: "captions",
-    "nothing" (the empty prompt) or "unwanted" (with a negative prompt).
+    "nothing" (the empty prompt), "unwanted" (with a negative prompt) or "inverted" (from the noise
+    behind true pictures).
     """
 
     paper: str
@@ -97,6 +98,9 @@ CLAIMS: tuple[Claim, ...] = (
            Setting("cfg++", 0.6), Setting("cfg", 7.5), "diversity", "higher"),
     _claim("2406.08070", "CFG++ at lambda 0.6 is nearer to the truth than CFG at 7.5",
            Setting("cfg++", 0.6), Setting("cfg", 7.5), "frechet", "lower"),
+    _claim("2406.08070", "CFG++ at lambda 0.6 inverts pictures better than CFG at 7.5",
+           Setting("cfg++", 0.6), Setting("cfg", 7.5), "reconstruction", "lower",
+           asked="inverted"),
     _claim("2312.12487", "AG keeps CFG's picture better than as many fewer steps",
            Setting("adaptive", USUAL), Setting("cfg", USUAL, 0.75), "distance", "lower",
            reference=CFG_USUAL),
@@ -192,6 +196,8 @@ def questions_of(kind: str, questions: Questions) -> Questions:
         return replace(questions, prompts=("",) * len(questions.prompts), negative="")
     if kind == "unwanted":
         return replace(questions, prompts=UNWANTED, negative=NEGATIVE)
+    if kind == "inverted":
+        return replace(questions, inverted=True)
     return questions
 
 

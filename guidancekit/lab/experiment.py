@@ -8,13 +8,14 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from .. import bundled
 from ..engine import Watch
@@ -27,8 +28,8 @@ from ..registry import parse
 from ..series import Process
 from ..step import Prediction, Step
 from ..trace import Trace
-
-Array = np.ndarray
+from .metrics import Array
+from .scenes import truth
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Questions:
     """The prompts that every arm is asked, each with `seeds` seeds, in calls of `batch` pictures.
 
     The starting noise depends on the prompt's number and the seed alone, so all arms share it.
-    `first_seed` gives fresh noise.
+    `first_seed` gives fresh noise. With `inverted` it is not drawn: each picture starts from a true
+    one of its prompt, which the method itself has led to noise (DDIM inversion), and should come
+    back to that.
     """
 
     prompts: tuple[str, ...]
@@ -76,6 +79,7 @@ class Questions:
     batch: int = 64
     negative: str = ""
     first_seed: int = 0
+    inverted: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -108,6 +112,7 @@ class Call:
     arm: Arm
     asks: tuple[Ask, ...]
     negative: str
+    inverted: bool
 
 
 def calls(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Call]:
@@ -117,10 +122,10 @@ def calls(out: Path, arms: Iterable[Arm], questions: Questions) -> list[Call]:
         recipe = replace(each.recipe, device="cpu", versions={}, seed=0, prompt="-").to_json()
         words = re.sub(r"[^a-z0-9]+", "-", each.recipe.guidance.lower()).strip("-")[:40]
         for asks in questions.batches:
-            text = f"{recipe}\n{asks}\n{questions.negative}"
+            text = f"{recipe}\n{asks}\n{questions.negative}" + "\ninverted" * questions.inverted
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
             path = out / "runs" / f"{each.recipe.model.rpartition('/')[2]}-{words}-{key}.npz"
-            made[path] = Call(path, each, tuple(asks), questions.negative)
+            made[path] = Call(path, each, tuple(asks), questions.negative, questions.inverted)
     return list(made.values())
 
 
@@ -132,6 +137,7 @@ class Sample:
     `latent_std` and `latent_mean` (n,), the latter two of the last predicted clean latent: its
     standard deviation, and the root mean square of its channels' means. `steps` has one row per
     step: noise level, and means over all pictures of scale, difference and cosine (`TracePoint`).
+    `originals` are the pictures that were inverted, as the autoencoder leaves them, if so.
     """
 
     pictures: Array
@@ -146,6 +152,7 @@ class Sample:
     """Per picture, in calls of the given batch size."""
     memory: float
     """Highest memory of the graphics card in bytes; NaN elsewhere."""
+    originals: Array | None = None
 
 
 def run(
@@ -199,6 +206,10 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
     asked = [(ask.prompt, ask.seed) for ask in call.asks]
     given = arguments(pipe, replace(recipe, negative=call.negative), asked)
     given["output_type"] = "np"
+    originals = {}
+    if call.inverted:
+        pictures, given["latents"] = invert(pipe, call, given)
+        originals["originals"] = pictures
     if cuda := str(pipe.device).startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     with (
@@ -224,7 +235,8 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
         "versions": installed_versions(),
     }
     return {
-        "pictures": np.rint(np.asarray(pictures) * 255).astype(np.uint8),
+        "pictures": _bytes(pictures),
+        **originals,
         "number": np.array([ask.number for ask in call.asks]),
         "effective_scale": scale.numpy(),
         "latent_std": latents.std.cpu().numpy(),
@@ -232,6 +244,40 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
         "steps": np.array([[p.noise, p.scale, p.difference, p.cosine] for p in trace.points]),
         "facts": np.array(json.dumps(facts)),
     }
+
+
+def invert(pipe: Any, call: Call, given: Mapping[str, Any]) -> tuple[Array, torch.Tensor]:
+    """True pictures of what is asked for, as the autoencoder leaves them, and noise behind them.
+
+    That is where DDIM inversion leads under the guidance of the call.
+    Raises `GuidanceError` for a scheduler other than DDIM, which has no inversion.
+    """
+    if not isinstance(pipe.scheduler, DDIMScheduler):
+        raise GuidanceError(
+            f"inversion: found {type(pipe.scheduler).__name__}, expected DDIMScheduler."
+        )
+    drawn = [truth(ask.prompt, 1, (ask.seed,)) for ask in call.asks]
+    pixels = pipe.image_processor.preprocess(np.concatenate(drawn).astype(np.float32) / 255)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)).latents
+        decoded = pipe.vae.decode(latents).sample
+    forwards = pipe.scheduler
+    try:
+        pipe.scheduler = DDIMInverseScheduler.from_config(forwards.config)
+        with (
+            warnings.catch_warnings(),
+            parse(call.arm.recipe.guidance).attach(pipe),
+            refusals(pipe),
+        ):
+            warnings.simplefilter("ignore")
+            noise = pipe(**{**given, "output_type": "latent"}, latents=latents).images
+    finally:
+        pipe.scheduler = forwards
+    return _bytes(pipe.image_processor.postprocess(decoded, "np")), noise
+
+
+def _bytes(pictures: Any) -> Array:
+    return np.rint(np.asarray(pictures) * 255).astype(np.uint8)
 
 
 def read(todo: Sequence[Call]) -> Sample | None:
@@ -266,6 +312,7 @@ def read(todo: Sequence[Call]) -> Sample | None:
         total("rows") / counts.sum(),
         total("seconds") / counts.sum(),
         float(max(fact["memory"] or np.nan for fact in facts)),
+        joined("originals") if "originals" in parts[0] else None,
     )
 
 

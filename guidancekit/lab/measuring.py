@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from ..loading import load_pipeline
-from ..measures import STATISTICS
+from ..measures import STATISTICS, distance
 from ..recipe import Recipe
 from ..scoring import CLIPScore
 from . import metrics
-from .experiment import Array, Questions, Sample
-from .metrics import Figure, Metric, figure, mean
-from .scenes import RENDERS, TRUTH_SEED, Judge
+from .experiment import Questions, Sample
+from .metrics import Array, Figure, Metric, figure, mean
+from .scenes import RENDERS, TRUTH_SEED, Judge, truth
 
 NEAR = 16  # true pictures per caption for precision and recall, whose cost grows with the square
 
@@ -40,6 +40,7 @@ WORDS = {
     "latent_mean": "its drift: root mean square of its channels' means",
     "effective_scale": "how far along cond - uncond, averaged over the steps",
     "clip_score": "cosine of the CLIP embeddings of picture and prompt",
+    "reconstruction": "root mean square distance of inverted pictures from what comes back, 0 to 1",
     "negative_shown": "pictures that show what the negative prompt names",
 }
 """The figures, and what they are; besides, "colour right" and the like (adherence of an attribute)
@@ -84,6 +85,9 @@ class Laboratory:
             found |= self._seen(self.judge, sample.pictures, number)
         if self.clip is not None:
             found["clip_score"] = mean(self._clip_scores(self.clip, pictures, number), number)
+        if sample.originals is not None:
+            originals = sample.originals.astype(np.float32) / 255
+            found["reconstruction"] = mean(distance(pictures, originals), number)
         for name, statistic in STATISTICS.items():
             found[name] = mean(statistic(pictures), number)
         found["pixel_diversity"] = metrics.pixel_diversity(sample.pictures, number)
@@ -147,7 +151,7 @@ class Laboratory:
         """True pictures, `count` per caption, and the captions' numbers."""
         assert self.judge is not None
         parts = [
-            self.judge.truth(prompt, count, (seed, number))
+            truth(prompt, count, (seed, number))
             for number, prompt in enumerate(self.questions.prompts)
         ]
         return np.concatenate(parts), np.repeat(np.arange(self.captions), count)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import GuidanceError
-from .experiment import Array
+from .metrics import Array
 
 RENDERS = 64  # true pictures per caption that samples are held against
 TRUTH_SEED = 11
@@ -62,6 +62,17 @@ def free(wanted: Any) -> list[str]:
     return names
 
 
+def truth(prompt: str, count: int, seed: tuple[int, ...] = (TRUTH_SEED,)) -> Array:
+    """Fresh renders of what a caption may mean, uint8 (count, 64, 64, 3)."""
+    here, rng = world(), np.random.default_rng([*seed, *prompt.encode()])
+    wanted = here.world.parse(prompt) if prompt else None
+    scenes = [
+        here.world.complete(wanted, rng) if wanted else here.world.sample_scene(rng)
+        for _ in range(count)
+    ]
+    return here.render.render_batch(scenes, rng)
+
+
 @dataclass(frozen=True)
 class Seen:
     """What pictures show: one row each.
@@ -98,7 +109,7 @@ class Judge:
     @cached_property
     def components(self) -> tuple[Array, Array]:
         """Mean (160,) and scaled principal components (160, COMPONENTS) over all scenes."""
-        features = self._features(self.truth("", 2048)).numpy()
+        features = self._features(truth("", 2048)).numpy()
         centred = features - features.mean(0)
         vectors = np.linalg.svd(centred, full_matrices=False)[2][:COMPONENTS].T
         return features.mean(0), vectors / np.sqrt(centred.var(0).sum())
@@ -163,13 +174,3 @@ class Judge:
             errors = [np.sqrt(np.square((seen - true) / 255).mean()) for seen, true in medians]
             found[i] = np.mean(errors)
         return found
-
-    def truth(self, prompt: str, count: int, seed: tuple[int, ...] = (TRUTH_SEED,)) -> Array:
-        """Fresh renders of what a caption may mean, uint8 (count, 64, 64, 3)."""
-        rng = np.random.default_rng([*seed, *prompt.encode()])
-        wanted = self.here.world.parse(prompt) if prompt else None
-        scenes = [
-            self.here.world.complete(wanted, rng) if wanted else self.here.world.sample_scene(rng)
-            for _ in range(count)
-        ]
-        return self.here.render.render_batch(scenes, rng)

@@ -22,10 +22,13 @@ class Renoising(Guidance):
     """Denoise with guidance, re-noise without: what CFG++ and the annealed scale share.
 
     The scheduler steps on the unconditional prediction; then the clean estimate moves by
-    lambda (x0_cond - x0_uncond) at fixed noise. Subclasses say what lambda is.
+    lambda (x0_cond - x0_uncond) at fixed noise. Towards noise (DDIM inversion) it is the other way
+    about, which undoes such a step: the noise moves by lambda (eps_cond - eps_uncond). Subclasses
+    say what lambda is.
     """
 
     edits_latents = True
+    solver = "renoising"
 
     def strength_at(self, step: Step) -> Tensor | float:
         """Lambda: a number, or one per sample [B, 1, ...]."""
@@ -35,7 +38,10 @@ class Renoising(Guidance):
         return step.uncond
 
     def after_step(self, step: Step, latents: Tensor, state: State) -> Tensor:
-        return step.shift_next(latents, self.strength_at(step) * (step.cond.x0 - step.uncond.x0))
+        strength, cond, uncond = self.strength_at(step), step.cond, step.uncond
+        if step.next_level.nsr > step.level.nsr:
+            return step.renoise_next(latents, strength * (cond.eps - uncond.eps))
+        return step.shift_next(latents, strength * (cond.x0 - uncond.x0))
 
     def effective_scale(self, step: Step, guided: Prediction, state: State) -> Tensor | float:
         """The CFG scale that a first-order deterministic step would need for the same result."""
@@ -49,7 +55,8 @@ class CFGPlusPlus(Renoising):
     The solver steps on the unconditional prediction; then the clean estimate moves by
     lambda (x0_cond - x0_uncond) at fixed noise. This holds for schedulers that keep no latents of
     their own: DDIM, DDPM, Euler, Euler ancestral, LMS, DPM++ multistep, DEIS, LCM, TCD, EDM's and
-    flow Euler; Heun, KDPM2, UniPC, PNDM and singlestep DPM are refused.
+    flow Euler; Heun, KDPM2, UniPC, PNDM and singlestep DPM are refused. On Diffusers'
+    DDIMInverseScheduler it is the official code's inversion, at the same lambda as the way back.
 
     In a deterministic first-order step CFG++ at lambda is CFG at lambda / (1 - nsr'/nsr), so its
     strength grows with the number of steps; on LCM, which draws new noise, CFG at lambda. With
@@ -100,13 +107,14 @@ class CFGPlusPlus(Renoising):
 
 
 def gains(grid: tuple[float, ...]) -> list[float]:
-    """CFG scale per unit of lambda at each step, 1 / (1 - nsr'/nsr)."""
+    """CFG scale per unit of lambda at each step, 1 / (1 - nsr'/nsr), nsr/nsr' towards noise."""
     if not grid:
         raise GuidanceError(
             "CFG++ needs the noise level of each step, which is unknown for this scheduler: "
             "use DDIM, Euler, DPM++ or a flow-matching Euler scheduler."
         )
-    ratios = (0.0 if math.isinf(now) else after / now for now, after in pairwise(grid))
+    steps = ((min(pair), max(pair)) for pair in pairwise(grid))
+    ratios = (0.0 if math.isinf(noisier) else clean / noisier for clean, noisier in steps)
     return [1 / max(1 - ratio, TINY) for ratio in ratios]  # some schedules end with a level twice
 
 
