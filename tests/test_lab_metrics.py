@@ -692,10 +692,11 @@ def test_colour_error_is_the_distance_to_the_palette(judge):
     twins = Scene((Thing(colour="red"), Thing(colour="red")), "above", "navy")
     np.testing.assert_allclose(judge.colour_error(pictures[1:2], [twins]), off / 2)
     prompt = "a red star on a navy background"
-    true = judge.colour_error(lab.truth(prompt, 20), [scene] * 20)
-    assert 0 < true.max() < 0.1
-    wrong = judge.colour_error(lab.truth("a blue star on a navy background", 20), [scene] * 20)
-    assert wrong.min() > true.max()
+    shown = lab.truth(prompt, 20)
+    true = judge.colour_error(shown, [scene] * 20)
+    assert 0 < true.max() < 0.04
+    harder = ((shown.astype(float) - 128) * 1.4 + 128).clip(0, 255).astype(np.uint8)
+    assert judge.colour_error(harder, [scene] * 20).min() > true.max()
 
 
 @pytest.mark.parametrize("missing", ["samples", "samples.scenes"])

@@ -155,22 +155,22 @@ class Judge:
     def colour_error(self, pictures: Array, scenes: Sequence[Any]) -> Array:
         """Distance of a picture's colours from the palette's that they are recognised as, (n,).
 
-        Every pixel belongs to the nearest of the scene's colours, objects' and background's. Root
-        mean square over the channels, from 0 to 1, of the difference between the median of what
-        belongs to a colour and that colour; the mean over the colours. True pictures have some too:
-        the world varies its colours a little, and has shadows and textures.
+        Every pixel belongs to the nearest of the scene's colours: the background's, the objects',
+        and that of their stripes and dots. Root mean square over the channels, from 0 to 1, of the
+        difference between the median of what belongs to a colour and that colour; the mean over
+        background and objects. True pictures have some too: the world varies its colours a little.
         """
         found = np.empty(len(pictures))
         for i, (picture, scene) in enumerate(zip(pictures, scenes, strict=True)):
             objects = {self.here.world.COLOURS[thing.colour] for thing in scene.objects}
-            colours = np.array([*objects, self.here.world.BACKGROUNDS[scene.background]], float)
-            pixels = picture.reshape(-1, 3).astype(float)
+            plain = np.array([self.here.world.BACKGROUNDS[scene.background], *objects]) / 255
+            colours = np.concatenate([plain, self.here.render.second_shade(plain[1:])])
+            pixels = picture.reshape(-1, 3) / 255
             nearest = np.square(pixels[:, None] - colours).sum(-1).argmin(1)
             medians = [
                 (np.median(pixels[nearest == k], axis=0), colour)
-                for k, colour in enumerate(colours)
+                for k, colour in enumerate(plain)
                 if (nearest == k).any()
             ]
-            errors = [np.sqrt(np.square((seen - true) / 255).mean()) for seen, true in medians]
-            found[i] = np.mean(errors)
+            found[i] = np.mean([np.sqrt(np.square(a - b).mean()) for a, b in medians])
         return found

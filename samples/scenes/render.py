@@ -156,9 +156,7 @@ def _paint(scenes: Sequence[Scene], slot: int, draws: Array, canvases: list[Arra
 
     colour = np.array([COLOURS[t.colour] for t in things], np.float32) / 255
     colour = np.clip(colour + 0.035 * draws[:, 4:7], 0, 1)
-    # Stripes and dots are a darker shade of a light colour and a lighter one of a dark colour.
-    bright = colour @ np.array([0.3, 0.59, 0.11], np.float32) > 0.5
-    second = np.where(bright[:, None], 0.48 * colour, 0.42 * colour + 0.58)
+    second = second_shade(colour)
     mark = _texture(things, draws[:, 7][column], draws[:, 8][column], x, y)
 
     shade = 1 - 0.16 * (x + y) / radius  # lit from the upper left
@@ -168,6 +166,12 @@ def _paint(scenes: Sequence[Scene], slot: int, draws: Array, canvases: list[Arra
         part = canvas[top[i] : top[i] + WINDOW, left[i] : left[i] + WINDOW]
         part *= 1 - shadow[i, ..., None]
         part += cover[i, ..., None] * (paint[i] - part)
+
+
+def second_shade(colour: Array) -> Array:
+    """The colour of stripes and dots on colours (n, 3) from 0 to 1: darker on light ones."""
+    bright = colour @ np.array([0.3, 0.59, 0.11], np.float32) > 0.5
+    return np.where(bright[:, None], 0.48 * colour, 0.42 * colour + 0.58)
 
 
 def _centres(scenes: Sequence[Scene], slot: int, draws: Array) -> tuple[Array, Array]:
