@@ -27,6 +27,7 @@ from samples.scenes.models import (
     no_t5,
     tokenizer,
 )
+from samples.scenes.recogniser import load as load_recogniser
 from samples.scenes.render import render_batch
 from samples.scenes.training import _check_gradients
 from samples.scenes.world import sample_scene
@@ -64,7 +65,8 @@ def few(monkeypatch):
     """Batches of a test's size, and the shipped autoencoder in place of a checkpoint."""
     monkeypatch.setattr(train, "CHECK_COUNT", 8)
     monkeypatch.setattr(train, "BATCH", 4)
-    monkeypatch.setattr(export, "load_autoencoder", lambda _: bundled.load("scenes-unet").vae)
+    for module in (train, export):
+        monkeypatch.setattr(module, "load_autoencoder", lambda _: bundled.load("scenes-unet").vae)
 
 
 def export_flow(monkeypatch, checkpoints, target):
@@ -179,6 +181,39 @@ def test_the_answer_is_what_the_scheduler_integrates(data):
         torch.testing.assert_close(end, batch.clean[i], atol=1e-5, rtol=1e-5)
 
 
+def test_the_middle_learns_what_the_recogniser_sees(data, awake):
+    """What it says of a patch is held against the features there, each of unit deviation."""
+    batch = data.draw(np.random.default_rng(0), 4)
+    picture = data.decoder(batch.clean)
+    features = load_recogniser().layers[:5](picture)
+    deviation, mean = data.usual
+    seen = (features.flatten(2).transpose(1, 2) - mean) / deviation
+    assert seen.shape == (4, 64, 96)
+
+    class Knowing(nn.Module):
+        transformer, projector = awake.transformer, nn.Module()
+
+        def forward(self, *given):
+            return awake(*given)
+
+        def middle(self):
+            return awake.middle()
+
+    with torch.no_grad():
+        model = Knowing()
+        for answer, unlike in ((seen, 0.0), (-3 * seen, 1.0)):
+            model.projector.forward = lambda hidden, answer=answer: answer
+            found = data.errors(model, batch)
+            assert float(found["unlike"]) == pytest.approx(unlike, abs=1e-5)
+        plain = torch.nn.functional.mse_loss(awake(*batch[:3]), data.answer(batch))
+        torch.testing.assert_close(found["velocity"], plain)
+        with awake.middle() as hidden:
+            awake(*batch[:3])
+    assert [each.shape for each in hidden] == [(4, 64, 160)]
+    awake(*batch[:3])
+    assert len(hidden) == 1  # nothing is watched any more
+
+
 def test_every_part_of_the_way_is_seen(data):
     """The middle most, and the first step of thirty not just once in 4000 samples."""
     torch.manual_seed(0)
@@ -202,9 +237,8 @@ def test_every_weight_learns(data):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(5):
         batch = data.draw(np.random.default_rng(0), 2)
-        predicted = model(batch.latents, batch.times, batch.tokens)
         optimiser.zero_grad()
-        (predicted - data.answer(batch)).square().mean().backward()
+        sum(data.errors(model, batch).values()).backward()
         optimiser.step()
     _check_gradients(model)
 

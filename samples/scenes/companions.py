@@ -62,14 +62,14 @@ def train_head(folder: Path, minutes: float, device: str) -> None:
     pipe = embedded(device)
     data = Denoising(folder, device, pipe.tokenizer)
 
-    def error(model: nn.Module, batch: Noisy) -> Tensor:
+    def errors(model: nn.Module, batch: Noisy) -> dict[str, Tensor]:
         with torch.no_grad(), model.early(pipe.unet) as hidden:
             text = pipe.text_encoder(batch.tokens).last_hidden_state
             pipe.unet(batch.latents, batch.times, text)
         early = model(hidden[0].float(), batch.times, batch.latents.shape[-2:])
-        return F.mse_loss(early.float(), batch.noise)
+        return {data.asked: F.mse_loss(early.float(), batch.noise)}
 
-    loss, check = data.objective(error)
+    loss, check = data.objective(errors)
     path = folder / "head.pt"
     fit(head(), loss, path, minutes=minutes, rate=3e-3, decay=0.5, device=device, check=check)
 

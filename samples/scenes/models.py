@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,9 @@ TEXT_LENGTH = 20  # the longest caption has 18 tokens
 
 # Tokens of zeros that the Stable Diffusion 3 pipeline puts in place of T5's, see `FlowDenoiser`.
 USUAL_ZEROS, MOST_ZEROS = 256, 512
+
+# Where the flow model says what the recogniser sees, and how many features that are.
+MIDDLE, SEEN = 3, 96
 
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 
@@ -213,6 +218,9 @@ class FlowDenoiser(nn.Module):
     block, so here one token stands for them all, and its weight in the attention is their number.
     In training that is drawn anew for every sample, evenly on a logarithmic scale, so that a
     picture does not hang on it.
+
+    `projector` is for training alone: it reads from the transformer's `middle` what a recogniser
+    sees in the clean picture (arXiv:2410.06940).
     """
 
     def __init__(
@@ -222,6 +230,7 @@ class FlowDenoiser(nn.Module):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.transformer = transformer
+        self.projector = nn.Sequential(nn.Linear(160, 256), nn.SiLU(), nn.Linear(256, SEEN))
         transformer.set_attn_processor(MaskedJointAttention())
 
     def forward(
@@ -242,6 +251,18 @@ class FlowDenoiser(nn.Module):
         return self.transformer(
             noisy, text, pooled, timesteps, joint_attention_kwargs=extra, return_dict=False
         )[0]
+
+    @contextmanager
+    def middle(self) -> Iterator[list[Tensor]]:
+        """Collects what enters block number `MIDDLE`, (n, patches, 160), which must be eager."""
+        found: list[Tensor] = []
+        watch = self.transformer.transformer_blocks[MIDDLE].register_forward_pre_hook(
+            lambda _, args, given: found.append(given["hidden_states"]), with_kwargs=True
+        )
+        try:
+            yield found
+        finally:
+            watch.remove()
 
     def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What `StableDiffusion3Pipeline.encode_prompt` makes of a text, with one zero token.

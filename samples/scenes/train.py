@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from .data import kept_pool, render_pool
 from .models import (
+    MIDDLE,
     Denoiser,
     autoencoder,
     flow_denoiser,
@@ -43,6 +44,7 @@ from .models import (
     unet,
 )
 from .recogniser import ABSENT, HEADS, Recogniser, targets
+from .recogniser import load as load_recogniser
 from .training import averaged_weights, fit, processes
 from .world import Scene, caption
 
@@ -51,6 +53,7 @@ TRAIN_SEED, CHECK_SEED = 1, 2
 CHECK_COUNT = 512
 EMPTY = 0.1  # captions replaced by "": what classifier-free guidance extrapolates from
 POOL = 80_000  # scenes to learn from
+ALIGNMENT = 0.5  # weight of the likeness to what the recogniser sees, as in the paper
 UNIFORM = 0.2  # of the flow model's noise levels, see `FlowDenoising`
 RELATED = 0.3  # of the captions of two things name the relation, see `Denoising.tokens`
 UNKNOWN = 0.01  # words replaced by the unknown token, so that it has a meaning
@@ -238,18 +241,24 @@ class Denoising:
         return self._noisy(self.fixed, self.spread_times(), noise.to(self.device), ids)
 
     def objective(
-        self, error: Callable[[nn.Module, Noisy], Tensor]
+        self, errors: Callable[[nn.Module, Noisy], dict[str, Tensor]]
     ) -> tuple[Callable[..., dict[str, Tensor]], Callable[..., dict[str, float]]]:
-        """What `fit` takes as loss and check: the error, on new and kept scenes."""
+        """What `fit` takes as loss and check: the errors, on new and kept scenes."""
 
         def loss(model: nn.Module, rng: np.random.Generator) -> dict[str, Tensor]:
-            return {self.asked: error(model, self.draw(rng, BATCH // processes()))}
+            return errors(model, self.draw(rng, BATCH // processes()))
 
         @torch.no_grad()
         def check(model: nn.Module) -> dict[str, float]:
-            return {f"fresh {self.asked}": float(error(model, self.fresh()))}
+            found = errors(model, self.fresh())
+            return {f"fresh {name}": float(value) for name, value in found.items()}
 
         return loss, check
+
+    def errors(self, model: nn.Module, batch: Noisy) -> dict[str, Tensor]:
+        """The mean squared error of what is asked for."""
+        predicted = model(batch.latents, batch.times, batch.tokens)
+        return {self.asked: F.mse_loss(predicted.float(), self.answer(batch))}
 
     def choose(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Numbers of scenes to learn from."""
@@ -286,9 +295,34 @@ class FlowDenoising(Denoising):
     Sigma is logit-normal, the best of the densities in arXiv:2403.03206, but uniform for a fifth:
     by itself the logit-normal one leaves the first of 30 steps to one sample in 2700, and there
     guidance decides on the background and on how many things there are.
+
+    Patches learn colours at once and shapes late, for there is little squared error in an edge. So
+    the middle of the network has to say, too, what the recogniser sees at each patch of the clean
+    picture (representation alignment, arXiv:2410.06940).
     """
 
     asked = "velocity"
+
+    def __init__(self, folder: Path, device: str, words: Any) -> None:
+        super().__init__(folder, device, words)
+        self.decoder = load_autoencoder(folder).to(device).decoder
+        self.recogniser = load_recogniser().to(device).layers[:5]
+        seen = self._seen(self.clean(self.fixed))
+        self.usual = torch.std_mean(seen, (0, 1))
+
+    @torch.no_grad()
+    def _seen(self, clean: Tensor) -> Tensor:
+        features = self.recogniser(self.decoder(clean))
+        return features.float().flatten(2).transpose(1, 2)
+
+    def errors(self, model: nn.Module, batch: Noisy) -> dict[str, Tensor]:
+        """That of the velocity, and how unlike the middle is to what is seen (n, patches, SEEN)."""
+        with model.middle() as hidden:
+            found = super().errors(model, batch)
+        deviation, mean = self.usual
+        seen = (self._seen(batch.clean) - mean) / deviation
+        alike = F.cosine_similarity(model.projector(hidden[0]).float(), seen, dim=-1)
+        return {**found, "unlike": ALIGNMENT * (1 - alike.mean())}
 
     def times(self, count: int) -> Tensor:
         normal = torch.randn(count, device=self.device).sigmoid()
@@ -333,7 +367,8 @@ def train_flow(folder: Path, minutes: float, device: str, compiled: bool = False
     model.text_encoder.set_attn_implementation("eager")
     model.text_encoder_2.set_attn_implementation("eager")
     if compiled:
-        for block in model.transformer.transformer_blocks:  # alike, so this compiles two of them
+        blocks = model.transformer.transformer_blocks
+        for block in (*blocks[:MIDDLE], *blocks[MIDDLE + 1 :]):  # alike, so this compiles two
             block.compile()
     data = FlowDenoising(folder, device, words)
     fit_denoiser(model, data, folder / "flow.pt", minutes, device)
@@ -342,13 +377,8 @@ def train_flow(folder: Path, minutes: float, device: str, compiled: bool = False
 def fit_denoiser(
     model: nn.Module, data: Denoising, path: Path, minutes: float, device: str
 ) -> None:
-    """Mean squared error of what `data` asks for, given noisy latents, times and tokens."""
-
-    def error(model: nn.Module, batch: Noisy) -> Tensor:
-        predicted = model(batch.latents, batch.times, batch.tokens)
-        return F.mse_loss(predicted.float(), data.answer(batch))
-
-    loss, check = data.objective(error)
+    """To say what `data` asks for, given noisy latents, times and tokens."""
+    loss, check = data.objective(data.errors)
     fit(
         model,
         loss,
