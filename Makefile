@@ -10,7 +10,12 @@ LOWEST := .venv-lowest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app bench test test-browser lint format compatibility methods test-lowest clean
+# With accelerate launch --num_processes 2 --module, two processes share the laboratory's work.
+LAUNCH ?= $(BIN)/python -m
+LAB    := $(LAUNCH) guidancekit bench --models scenes-unet --captions 32 --seeds 4 --steps 20
+METHODS := apg,cfg++,fdg,interval,adaptive,beta-cfg,cads,cfg-zero*,dynamic-thresholding,icg,mambo-g,rescaled-cfg,tcfg
+
+.PHONY: help demo app bench lab test test-browser lint format compatibility methods test-lowest clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -58,6 +63,14 @@ app: $(VENV)/.installed ## compare methods in the browser
 
 bench: $(VENV)/.installed-bench ## measure what guidance costs, into BENCHMARKS.md; DEVICE=cuda
 	$(BIN)/python -m benchmarks --device $(DEVICE)
+
+lab: $(VENV)/.installed-dev ## the laboratory's report, samples/lab: about an hour; LAUNCH=...
+	$(LAB) --out samples/lab --methods cfg,apg,cfg++,fdg,interval,cads,rescaled-cfg,cfg-mp --scales 2,4,6,10
+	$(LAB) --out samples/lab --methods '$(METHODS)' --match effective-scale --at 6
+	$(LAB) --out samples/lab --claims
+	$(LAB) --out samples/lab/again --claims apg,interval,cfg++,cads --first-seed 1000 \
+		--against samples/lab/claims.json
+	$(LAB) --out samples/lab --mixture --scales 2,4,8
 
 test: $(VENV)/.installed-dev ## ruff, mypy and pytest
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from . import bundled
 from .composition import SideBySide, Sum
 from .engine import Watch
 from .errors import GuidanceError
@@ -194,6 +195,7 @@ def arguments(
         given[scale_name(pipe)] = recipe.guidance_scale
     if recipe.size is not None:
         given["width"], given["height"] = recipe.size
+    given |= bundled.CALL.get(recipe.model, {})
     _check_arguments(pipe, given)
     return given
 

@@ -49,6 +49,7 @@ def as_python(recipe: Recipe, scale_name: str = "guidance_scale") -> str:
     if recipe.size is not None:
         call.append(f"    width={recipe.size[0]},")
         call.append(f"    height={recipe.size[1]},")
+    call += [f"    {name}={value!r}," for name, value in bundled.CALL.get(recipe.model, {}).items()]
     call += [
         f'    generator=torch.Generator("cpu").manual_seed({recipe.seed}),',
         f"    callback_on_step_end={_attached(guidance)},",

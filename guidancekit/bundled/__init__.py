@@ -15,6 +15,11 @@ from ..errors import GuidanceError
 MODELS = ("scenes-unet",)
 FAMILIES = {"scenes-unet": "scenes"}  # what presets call a model
 
+CALL = {"scenes-flow": {"max_sequence_length": 20}}
+"""What calls of a model are given besides. The flow model says nothing with the hundreds of tokens
+that Stable Diffusion 3's pipeline has for a third text encoder; with few it is much faster.
+"""
+
 _SCENES = Path(__file__).parent / "scenes-unet-companions"
 COMPANIONS = {
     "scenes:weak": _SCENES / "weak",

@@ -178,9 +178,11 @@ def _clip(model: str | None) -> CLIPScore | None:
 
     if model is None:
         return None
-    if not Path(model).is_dir() and not isinstance(
-        try_to_load_from_cache(model, "config.json"), str
-    ):
+    try:
+        here = Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except ValueError:  # no name of the Hub: loading says so
+        here = True
+    if not here:
         note(f"--clip-score: {model} is not on this machine: it is downloaded from the Hub.")
     return CLIPScore(model, "").load()
 

@@ -15,11 +15,13 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from guidancekit import bundled
 from guidancekit.loading import load_pipeline
 from guidancekit.recipe import Recipe
 
@@ -42,7 +44,12 @@ def held_out_captions(count: int, things: int, seed: int = SEED) -> list[str]:
 
 
 def generate(
-    pipe: DiffusionPipeline, captions: Sequence[str], scale: float, steps: int, batch: int
+    pipe: DiffusionPipeline,
+    captions: Sequence[str],
+    scale: float,
+    steps: int,
+    batch: int,
+    **options: Any,
 ) -> np.ndarray:
     """One picture per caption, floats in [0, 1] of shape (n, 64, 64, 3)."""
     generator = torch.Generator().manual_seed(SEED)
@@ -53,6 +60,7 @@ def generate(
             num_inference_steps=steps,
             generator=generator,
             output_type="np",
+            **options,
         ).images
         for i in range(0, len(captions), batch)
     ]
@@ -88,6 +96,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pipe = load_pipeline(Recipe(prompt="-", model=args.model), "cpu")
+    options = bundled.CALL.get(args.model, {})
     recogniser = load()
     figures: dict = {"model": args.model, "autoencoder psnr": autoencoder_psnr(pipe)}
     print(f"autoencoder PSNR on fresh scenes: {figures['autoencoder psnr']:.2f} dB", flush=True)
@@ -99,7 +108,7 @@ def main() -> None:
         figures["captions"][kind] = {}
         for scale in args.scales:
             start = time.monotonic()
-            pictures = generate(pipe, captions, scale, args.steps, args.batch)
+            pictures = generate(pipe, captions, scale, args.steps, args.batch, **options)
             row = accuracy(recogniser, pictures, captions)
             if related:
                 asked = [captions[i] for i in related]
