@@ -10,7 +10,7 @@ LOWEST := .venv-lowest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-# With accelerate launch --num_processes 2 --module, two processes share the laboratory's work.
+# With LAUNCH="torchrun --nproc-per-node 2 -m" two processes share the laboratory's work.
 LAUNCH ?= $(BIN)/python -m
 LAB    := $(LAUNCH) guidancekit bench --models scenes-unet --captions 32 --seeds 4 --steps 20
 METHODS := apg,cfg++,fdg,interval,adaptive,beta-cfg,cads,cfg-zero*,dynamic-thresholding,icg,mambo-g,rescaled-cfg,tcfg
