@@ -43,8 +43,8 @@ WORDS = {
     "reconstruction": "root mean square distance of inverted pictures from what comes back, 0 to 1",
     "negative_shown": "pictures that show what the negative prompt names",
 }
-"""The figures, and what they are; besides, "colour right" and the like (adherence of an attribute)
-and "diversity colour" and the like (of one factor)."""
+"""The figures, and what they are; besides, "colour right" and the like (adherence of an attribute),
+"diversity colour" and "entropy colour" and the like (of one factor)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class Laboratory:
         for kind in dict.fromkeys(map(metrics.kind, seen.factors)):
             own = {name: each for name, each in seen.factors.items() if metrics.kind(name) == kind}
             found[f"diversity {kind}"] = metrics.diversity(own, sizes, number)
+            found[f"entropy {kind}"] = metrics.entropy(own, sizes, number)
         if self.questions.negative:
             unwanted = [self.questions.negative] * len(pictures)
             shown = judge.look(pictures, unwanted).marks["all"]
