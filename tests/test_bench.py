@@ -166,6 +166,16 @@ def test_methods_are_matched_to_the_strength_of_cfg(tmp_path):
     assert second.arm.scale > 4  # it guides in fewer steps
 
 
+def test_the_steps_say_the_effective_scale_also_of_what_acts_later(tmp_path):
+    bench = Bench(tmp_path, replace(ASKED, prompts=ASKED.prompts[:2]))
+    made = arm(BASE, "cfg++", 6.0)
+    bench.run([made])
+    measured = bench.result(made).measured
+    scales, cosines = measured.steps[:, 1], measured.steps[:, 3]
+    assert scales.mean() == pytest.approx(measured.figures["effective_scale"].value, rel=1e-4)
+    assert scales.min() > 1 and np.isnan(cosines).all()
+
+
 def test_an_inverted_picture_comes_back(tmp_path):
     bench = Bench(tmp_path, replace(ASKED, inverted=True, batch=8))
     arms = [arm(replace(BASE, steps=10), "cfg", scale) for scale in (1.0, 8.0)]
@@ -220,6 +230,15 @@ def test_the_steps_are_those_of_the_arm_in_the_middle(tmp_path, monkeypatch):
     assert report.over_steps(results, tmp_path / "steps.png")
     assert drawn == ["cfg 4"] * 3
     assert not report.over_steps([Result(arms[0], refused="why")], tmp_path / "none.png")
+
+
+def test_what_all_settings_share_is_not_in_their_intervals():
+    hard = np.linspace(-1, 1, 16)  # captions that are so for both
+    own = np.tile([0.01, -0.01], 8)
+    figures = [Figure(0.5, 0.5 + hard), Figure(0.6, 0.6 + hard + own)]
+    apart = (figures[1] - figures[0]).error / 2
+    assert report._own_errors(figures) == pytest.approx([apart, apart])
+    assert apart < 0.1 * figures[0].error
 
 
 def _figure(value, error, count=16):

@@ -19,6 +19,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from .. import bundled
 from ..engine import Watch
+from ..engine.report import Report
 from ..errors import GuidanceError
 from ..files import written_whole
 from ..generate import arguments, refusals, warm_up, with_scale
@@ -136,7 +137,8 @@ class Sample:
     `pictures` (n, H, W, 3) uint8, `number` (n,) the prompts' numbers, `effective_scale`,
     `latent_std` and `latent_mean` (n,), the latter two of the last predicted clean latent: its
     standard deviation, and the root mean square of its channels' means. `steps` has one row per
-    step: noise level, and means over all pictures of scale, difference and cosine (`TracePoint`).
+    step: noise level, and means over all pictures of the effective scale, and of difference and
+    cosine (`TracePoint`; no cosine for methods that act after the scheduler's step).
     `originals` are the pictures that were inverted, as the autoencoder leaves them, if so.
     """
 
@@ -241,7 +243,7 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
         "effective_scale": scale.numpy(),
         "latent_std": latents.std.cpu().numpy(),
         "latent_mean": latents.mean.cpu().numpy(),
-        "steps": np.array([[p.noise, p.scale, p.difference, p.cosine] for p in trace.points]),
+        "steps": _steps(trace, report, guidance.edits_latents),
         "facts": np.array(json.dumps(facts)),
     }
 
@@ -274,6 +276,17 @@ def invert(pipe: Any, call: Call, given: Mapping[str, Any]) -> tuple[Array, torc
     finally:
         pipe.scheduler = forwards
     return _bytes(pipe.image_processor.postprocess(decoded, "np")), noise
+
+
+def _steps(trace: Trace, report: Report, acts_later: bool) -> Array:
+    """Those of a `Sample`, [steps, 4]."""
+    scales = {step.index: step.effective_scale for step in report.steps}
+    return np.array(
+        [
+            [p.noise, scales[p.index], p.difference, np.nan if acts_later else p.cosine]
+            for p in trace.points
+        ]
+    )
 
 
 def _bytes(pictures: Any) -> Array:

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import GuidanceError
 from ..files import written_whole
 from ..recipe import installed_versions
@@ -46,10 +48,10 @@ JUDGED = {  # figures of which one side is better: whether more is
     "clip_score": True,
 }
 STEPS = ("scale", "difference", "cosine")  # of a `TracePoint`
-FRONTIERS = (  # figures against each other: x, y, whether more is better
-    ("adherence", "diversity", (True, True)),
-    ("saturation", "frechet", (False, False)),
-    ("effective_scale", "saturation", (True, False)),
+FRONTIERS = (  # figures against each other
+    ("adherence", "diversity"),
+    ("saturation", "frechet"),
+    ("effective_scale", "saturation"),
 )
 
 
@@ -249,8 +251,8 @@ Draw = Callable[[Path], bool]
 def _over_scale(results: Sequence[Result], truth: Mapping[str, Measured]) -> dict[str, Draw]:
     """The plots of methods at several scales, by title."""
     plots: dict[str, Draw] = {
-        f"{y} against {x}".replace("_", " "): partial(frontier, results, truth, x, y, better)
-        for x, y, better in FRONTIERS
+        f"{y} against {x}".replace("_", " "): partial(frontier, results, truth, x, y)
+        for x, y in FRONTIERS
     }
     return {**plots, "steps": partial(over_steps, results)}
 
@@ -265,31 +267,40 @@ def frontier(
     truth: Mapping[str, Measured],
     x: str,
     y: str,
-    better: tuple[bool, bool],
     path: Path,
 ) -> bool:
-    """One figure against another, a curve over the scale per method, with 95 % intervals."""
-    curves: dict[str, list[tuple[Result, Figure, Figure]]] = {}
-    for each in results:
-        figures = each.measured.figures if each.measured else {}
-        if x in figures and y in figures:
-            curves.setdefault(each.arm.method, []).append((each, figures[x], figures[y]))
-    if sum(map(len, curves.values())) < 2:
+    """One figure against another, a curve over the scale per method.
+
+    All settings answer the same captions, some of which are hard for all. Intervals are therefore
+    those of a setting's difference from the mean of all: what tells settings apart.
+    """
+    known = [
+        (each, each.measured.figures[x], each.measured.figures[y])
+        for each in results
+        if each.measured and {x, y} <= each.measured.figures.keys()
+    ]
+    if len(known) < 2:
         return False
+    errors = zip(
+        _own_errors([a for _, a, _ in known]), _own_errors([b for *_, b in known]), strict=True
+    )
+    curves: dict[str, list[tuple[Result, Figure, Figure, tuple[float, float]]]] = {}
+    for (each, a, b), error in zip(known, errors, strict=True):
+        curves.setdefault(each.arm.method, []).append((each, a, b, error))
     with _canvas(path, (8.5, 5.6)) as canvas:
         axes = canvas.subplots()
         for (method, points), style in zip(curves.items(), _styles(), strict=False):
             axes.errorbar(
-                [a.value for _, a, _ in points],
-                [b.value for _, _, b in points],
-                xerr=[1.96 * a.error for _, a, _ in points],
-                yerr=[1.96 * b.error for _, _, b in points],
-                ecolor=style["color"] + "40",
+                [a.value for _, a, _, _ in points],
+                [b.value for _, _, b, _ in points],
+                xerr=[1.96 * error[0] for *_, error in points],
+                yerr=[1.96 * error[1] for *_, error in points],
+                ecolor=style["color"] + "38",
                 label=method,
                 linewidth=1.6,
                 **style,
             )
-            for each, a, b in points:
+            for each, a, b, _ in points:
                 if each.arm.scale is not None and len(points) > 1:
                     axes.annotate(
                         f"{each.arm.scale:g}",
@@ -304,12 +315,24 @@ def frontier(
                 point = found.figures[x].value, found.figures[y].value
                 axes.plot(*point, "k*", markersize=13, label=name)
                 break
-        axes.set_xlabel(x.replace("_", " ") + ARROWS[better[0]])
-        axes.set_ylabel(y.replace("_", " ") + ARROWS[better[1]])
+        axes.set_xlabel(_axis(x))
+        axes.set_ylabel(_axis(y))
         axes.set_title(f"{y} against {x} over the scale".replace("_", " "), loc="left")
         _plain_axes(axes)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return True
+
+
+def _own_errors(figures: Sequence[Figure]) -> list[float]:
+    """The standard error of each one's difference from the mean of all."""
+    value = float(np.mean([each.value for each in figures]))
+    mean = Figure(value, np.mean([each.without for each in figures], axis=0))
+    return [(each - mean).error for each in figures]
+
+
+def _axis(name: str) -> str:
+    """What a figure is called on an axis, and which side of it is better."""
+    return name.replace("_", " ") + (ARROWS[JUDGED[name]] if name in JUDGED else "")
 
 
 def forest(results: Sequence[Result], path: Path) -> bool:
@@ -336,7 +359,7 @@ def forest(results: Sequence[Result], path: Path) -> bool:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2)
                 face = colour if certain else "white"
                 axes.plot(change[name].value, row, "o", color=colour, markerfacecolor=face)
-            axes.set_xlabel(name.replace("_", " ") + ARROWS[JUDGED[name]], fontsize=9)
+            axes.set_xlabel(_axis(name), fontsize=9)
             axes.tick_params(labelsize=8)
             _plain_axes(axes)
         panels[0].set_yticks(range(len(found)), [_label(each) for each, _ in found])
