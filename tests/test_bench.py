@@ -96,7 +96,7 @@ def test_a_broken_run_goes_on_where_it_was(whole):
     before = bench.sample(arms[0])
     times = [path.stat().st_mtime_ns for path in paths]
     paths[1].unlink()
-    assert bench.result(arms[0]) is None
+    assert Bench(bench.out, ASKED).result(arms[0]) is None
     bench.run(arms[:1])
     assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [
         True,
@@ -164,6 +164,17 @@ def test_methods_are_matched_to_the_strength_of_cfg(tmp_path):
     value = second.measured.figures["effective_scale"].value
     assert value == second.match.value and value == pytest.approx(4, rel=0.1)
     assert second.arm.scale > 4  # it guides in fewer steps
+
+
+def test_the_last_of_two_processes_has_all_matches(tmp_path):
+    asked = replace(ASKED, prompts=ASKED.prompts[:2])
+    baseline, names = arm(BASE, "cfg", 4.0), ["interval", "rescaled-cfg"]
+    first, second = (Bench(tmp_path, asked, Process("cpu", index, 2)) for index in range(2))
+    assert first.matched(baseline, names, "effective-scale") is None
+    found = second.matched(baseline, names, "effective-scale")
+    assert [each.arm.method for each in found] == ["cfg", *names]
+    again = first.matched(baseline, names, "effective-scale")
+    assert [each.arm for each in again] == [each.arm for each in found]
 
 
 def test_the_steps_say_the_effective_scale_also_of_what_acts_later(tmp_path):

@@ -46,6 +46,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._laboratories: dict[bool, Laboratory] = {}
+        self._measured: dict[str, Measured] = {}
 
     def laboratory(self, model: str) -> Laboratory:
         """What measures the pictures of a model: the embedded ones draw scenes."""
@@ -81,11 +82,14 @@ class Bench:
 
     def result(self, each: Arm) -> Result | None:
         """The figures of an arm, or its refusal; None while other processes are at work on it."""
-        sample = self.sample(each)
-        if sample is None:
-            refused = refusal(self.calls([each]))
-            return Result(each, refused=refused) if refused else None
-        return Result(each, self.laboratory(each.recipe.model).measure(sample))
+        known = each.recipe.to_json()
+        if known not in self._measured:
+            sample = self.sample(each)
+            if sample is None:
+                refused = refusal(self.calls([each]))
+                return Result(each, refused=refused) if refused else None
+            self._measured[known] = self.laboratory(each.recipe.model).measure(sample)
+        return Result(each, self._measured[known])
 
     def results(self, arms: Sequence[Arm]) -> list[Result] | None:
         """Those of all arms; None while other processes are at work."""
@@ -109,21 +113,20 @@ class Bench:
                 + (f": {first.refused}" if first.refused else ", which only scenes have.")
             )
         target = first.measured.figures[name].value
-        found = [
-            self._matched(baseline, method, name, target, tell, at % self.process.count)
-            for at, method in enumerate(names)
-        ]
+        for method in names[self.process.index :: self.process.count]:
+            self._matched(baseline, method, name, target, tell)
+        found = [self._matched(baseline, method, name, target) for method in names]
         return [first, *(each for each in found if each)] if all(found) else None
 
     def _matched(
-        self, baseline: Arm, method: str, name: str, target: float, tell: Tell, whose: int
+        self, baseline: Arm, method: str, name: str, target: float, tell: Tell | None = None
     ) -> Result | None:
-        mine = whose == self.process.index
+        """The method at its scale; without `tell` by what is there, None if that is too little."""
         results: dict[float, Result] = {}
 
         def value(scale: float) -> float:
             each = arm(baseline.recipe, method, scale)
-            if mine:
+            if tell is not None:
                 run(self.calls([each]), Process(self.process.device), tell)
             found = self.result(each)
             if found is None or found.measured is None or name not in found.measured.figures:
