@@ -361,6 +361,7 @@ def forest(results: Sequence[Result], path: Path) -> bool:
                 axes.plot(change[name].value, row, "o", color=colour, markerfacecolor=face)
             axes.set_xlabel(_axis(name), fontsize=9)
             axes.tick_params(labelsize=8)
+            axes.locator_params(axis="x", nbins=4)
             _plain_axes(axes)
         panels[0].set_yticks(range(len(found)), [_label(each) for each, _ in found])
         panels[0].invert_yaxis()
