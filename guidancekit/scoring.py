@@ -192,11 +192,7 @@ class CLIPScore:
                 f"CLIPScore found {list(images.shape)}, expected images [n, 3, H, W]: write "
                 "FeedbackGuidance(..., decode=True)."
             )
-        network, text = self._network(images)
-        size = network.config.vision_config.image_size
-        mean, std = (on_device(c, images).view(1, 3, 1, 1) for c in (_CLIP_MEAN, _CLIP_STD))
-        pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        seen = network.visual_projection(network.vision_model((pixels - mean) / std).pooler_output)
+        seen, text = self.embeddings(images), self._embedded_prompt(images)
         if len(text) not in (1, len(seen)):
             raise GuidanceError(
                 f"CLIPScore holds {len(text)} prompts, but {len(seen)} images came: give one "
@@ -222,17 +218,27 @@ class CLIPScore:
                 raise GuidanceError(f"CLIPScore cannot load {self.model!r}: {error}") from error
         return self
 
-    def _network(self, like: Tensor) -> tuple[Any, Tensor]:
-        """The network where `like` is, and the prompts' embeddings."""
-        network, tokenizer = self.load()._loaded
-        network.to(like.device)
+    def embeddings(self, images: Tensor) -> Tensor:
+        """CLIP's of images [n, 3, H, W] from 0 to 1, [n, d]."""
+        network = self.load()._loaded[0].to(images.device)
+        size = network.config.vision_config.image_size
+        mean, std = (on_device(c, images).view(1, 3, 1, 1) for c in (_CLIP_MEAN, _CLIP_STD))
+        pixels = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        seen = network.vision_model((pixels - mean) / std).pooler_output
+        embedded: Tensor = network.visual_projection(seen)
+        return embedded
+
+    def _embedded_prompt(self, like: Tensor) -> Tensor:
+        """Those of the prompts, [prompts, d], where `like` is."""
         if self._text is None:
+            network, tokenizer = self.load()._loaded
+            network.to(like.device)
             prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
             tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
             tokens = tokens.to(like.device)
             text = network.text_model(tokens.input_ids, tokens.attention_mask).pooler_output
             self._text = network.text_projection(text)
-        return network, self._text
+        return self._text
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": None, "_text": None}

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from PIL import Image
+from tiny import tiny_clip
 
 from guidancekit import bundled, measures
 from guidancekit.cli import main
@@ -25,6 +28,7 @@ from guidancekit.lab.metrics import Figure
 from guidancekit.lab.scenes import captions
 from guidancekit.recipe import Recipe
 from guidancekit.registry import methods
+from guidancekit.scoring import CLIPScore
 from guidancekit.series import Process
 
 STEPS = 3
@@ -340,6 +344,23 @@ def test_bad_input_is_refused_before_any_work(arguments, words, tmp_path, capsys
     assert main(["bench", *arguments, "--out", str(tmp_path / "b")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_clip_is_asked_where_it_is_given(tmp_path):
+    tiny_clip(tmp_path / "clip")
+    command = ["bench", "--methods", "cfg", "--scales", "2", "--captions", "2", "--seeds", "2"]
+    command += ["--steps", "2", "--no-plots", "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--pictures", "--clip-score", str(tmp_path / "clip")]) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())["arms"][0]["figures"]
+    paths = sorted((tmp_path / "pictures").rglob("*.png"))
+    prompts = [prompt for prompt in captions(2) for _ in range(2)]
+    scores = [
+        CLIPScore(str(tmp_path / "clip"), prompt)(pixels).item()
+        for prompt, path in zip(prompts, paths, strict=True)
+        for pixels in [torch.from_numpy(measures.pixels(Image.open(path))).permute(2, 0, 1)[None]]
+    ]
+    assert figures["clip_score"]["value"] == pytest.approx(np.mean(scores), abs=1e-5)
+    assert figures["clip_diversity"]["value"] > 0
 
 
 def test_the_command_writes_a_report_and_goes_on(tmp_path, capsys):

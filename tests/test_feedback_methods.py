@@ -16,8 +16,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from mixture import mixture_pipe, sample
 from safetensors.torch import save_file
 from steps import guide, make_step, random_triple
-from tiny import sd3_prompt, tiny_sd, tiny_sd3, tiny_tokenizer
-from transformers import CLIPConfig, CLIPModel
+from tiny import sd3_prompt, tiny_clip, tiny_sd, tiny_sd3
 
 from guidancekit import CFG, FBG, GFCG, AnnealingGuidance, CFGPlusPlus, FeedbackGuidance
 from guidancekit.annealing import AnnealingTrainer
@@ -251,18 +250,7 @@ def test_scorers_get_images_where_they_ask_for_them(sd):
 
 
 def test_clip_scores_images(sd, tmp_path):
-    tokenizer = tiny_tokenizer()
-    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    special = dict(bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=dict(size, vocab_size=len(tokenizer), max_position_embeddings=16, **special),
-        vision_config=dict(size, image_size=16, patch_size=8),
-        projection_dim=8,
-    )
-    model = CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = tiny_clip(tmp_path)
     score = CLIPScore(str(tmp_path), CALL["prompt"])
     images = torch.rand(2, 3, 16, 16)
     pixels = (images - images.new_tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]) / (

@@ -218,6 +218,16 @@ def test_entropy_in_closed_form():
     assert math.isnan(entropy(size_0=[-1, -1])(one))
 
 
+def test_cosine_diversity_by_a_loop():
+    rng = np.random.default_rng(0)
+    features, number = rng.normal(size=(6, 5)), np.array([0, 0, 0, 1, 1, 2])
+    unit = features / np.linalg.norm(features, axis=1)[:, None]
+    first = np.mean([1 - unit[i] @ unit[j] for i, j in combinations(range(3), 2)])
+    metric = metrics.cosine_diversity(features, number)
+    assert metric(everything(3)) == pytest.approx((first + 1 - unit[3] @ unit[4]) / 2, abs=1e-6)
+    assert metric(np.array([True, False, True])) == pytest.approx(first, abs=1e-6)
+
+
 def test_pixel_diversity_is_a_root_mean_square():
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (6, 4, 5, 3)).astype(np.uint8)

@@ -21,6 +21,8 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -208,3 +210,20 @@ def latents_of(pipe, guidance_scale=5.0, seed=0, steps=4, **options) -> torch.Te
         output_type="latent",
         generator=torch.Generator().manual_seed(seed),
     ).images
+
+
+def tiny_clip(folder):
+    """A random CLIP, saved in a folder with its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    special = dict(bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    config = CLIPConfig(
+        text_config=dict(size, vocab_size=len(tokenizer), max_position_embeddings=16, **special),
+        vision_config=dict(size, image_size=16, patch_size=8),
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer

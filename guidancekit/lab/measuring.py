@@ -40,6 +40,7 @@ WORDS = {
     "latent_mean": "its drift: root mean square of its channels' means",
     "effective_scale": "how far along cond - uncond, averaged over the steps",
     "clip_score": "cosine of the CLIP embeddings of picture and prompt",
+    "clip_diversity": "1 - that of two pictures of a prompt",
     "reconstruction": "root mean square distance of inverted pictures from what comes back, 0 to 1",
     "negative_shown": "pictures that show what the negative prompt names",
 }
@@ -84,7 +85,9 @@ class Laboratory:
         if self.judge is not None:
             found |= self._seen(self.judge, sample.pictures, number)
         if self.clip is not None:
-            found["clip_score"] = mean(self._clip_scores(self.clip, pictures, number), number)
+            scores, embeddings = self._by_clip(self.clip, pictures, number)
+            found["clip_score"] = mean(scores, number)
+            found["clip_diversity"] = metrics.cosine_diversity(embeddings, number)
         if sample.originals is not None:
             originals = sample.originals.astype(np.float32) / 255
             found["reconstruction"] = mean(distance(pictures, originals), number)
@@ -130,16 +133,17 @@ class Laboratory:
             found["negative_shown"] = mean(shown, number)
         return found
 
-    def _clip_scores(self, clip: CLIPScore, pictures: Array, number: Array) -> Array:
-        """One per picture (n,), caption by caption."""
-        scores = np.empty(len(pictures))
-        for caption in np.unique(number):
-            own = number == caption
-            images = torch.from_numpy(pictures[own]).permute(0, 3, 1, 2).to(self.device)
-            held = clip.about(self.questions.prompts[caption])
+    def _by_clip(self, clip: CLIPScore, pictures: Array, number: Array) -> tuple[Array, Array]:
+        """Scores (n,) and embeddings (n, d) of pictures."""
+        scores, embeddings = [], []
+        for at in range(0, len(pictures), 32):
+            part = slice(at, at + 32)
+            images = torch.from_numpy(pictures[part]).permute(0, 3, 1, 2).to(self.device)
+            held = clip.about([self.questions.prompts[caption] for caption in number[part]])
             with torch.no_grad():
-                scores[own] = torch.cat([held(part) for part in images.split(32)]).cpu().numpy()
-        return scores
+                scores.append(held(images).cpu().numpy())
+                embeddings.append(clip.embeddings(images).cpu().numpy())
+        return np.concatenate(scores), np.concatenate(embeddings)
 
     @cached_property
     def _truth(self) -> _Truth:

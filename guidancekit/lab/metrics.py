@@ -198,11 +198,24 @@ def precision_recall(
 
 def pixel_diversity(pictures: Array, number: Array) -> Metric:
     """Root mean square distance of two pictures of one caption, from 0 to 1; needs no model."""
+    flat = pictures.reshape(len(pictures), -1)
+    scale = 255 * np.sqrt(flat.shape[1])
+    return _of_pairs(flat, number, lambda x: float(torch.pdist(x).mean()) / scale)
+
+
+def cosine_diversity(features: Array, number: Array) -> Metric:
+    """1 - cosine of the features (n, d) of two pictures of one caption."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    # of unit vectors half the squared distance
+    return _of_pairs(unit, number, lambda x: float(torch.pdist(x).square().mean()) / 2)
+
+
+def _of_pairs(values: Array, number: Array, measure: Callable[[torch.Tensor], float]) -> Metric:
+    """The mean over captions of what is measured of their pictures' values, float32 (n, d)."""
     captions = int(number.max()) + 1
     means = np.full(captions, np.nan)
     for caption in range(captions):
-        own = pictures[number == caption].reshape((number == caption).sum(), -1)
+        own = values[number == caption]
         if len(own) > 1:
-            x = torch.from_numpy(own).float() / 255
-            means[caption] = torch.pdist(x).mean() / np.sqrt(x.shape[1])
+            means[caption] = measure(torch.from_numpy(own).float())
     return mean(means, np.arange(captions))

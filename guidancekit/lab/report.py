@@ -36,6 +36,7 @@ SHOWN = (  # in the table, and how many digits
     ("sharpness", 4),
     ("pixel_diversity", 3),
     ("clip_score", 4),
+    ("clip_diversity", 4),
     ("negative_shown", 3),
 )
 JUDGED = {  # figures of which one side is better: whether more is
@@ -46,6 +47,7 @@ JUDGED = {  # figures of which one side is better: whether more is
     "frechet": False,
     "colour_error": False,
     "clip_score": True,
+    "clip_diversity": True,
 }
 STEPS = ("scale", "difference", "cosine")  # of a `TracePoint`
 FRONTIERS = (  # figures against each other
