@@ -76,7 +76,7 @@ test: $(VENV)/.installed-dev ## ruff, mypy and pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-browser: $(VENV)/.installed-browser ## the app in a real browser; installs one where there is none
 	$(BIN)/pytest tests/browser
