@@ -107,7 +107,8 @@ class LatentScorer(ModelMixin, ConfigMixin):
             assert text is not None, "logits(latents=...) or logits(text=...)"
             _check_shape("text embeddings", text, 3, 2, self.config.text_width)
             text = text.float()
-            shares = self.queries(text).softmax(1)  # over the tokens
+            silent = ~text.any(2, keepdim=True)  # zeros, as SD3 has for a missing encoder
+            shares = self.queries(text).masked_fill(silent, -1e9).softmax(1)  # over the tokens
             found = self.text((shares.transpose(1, 2) @ text).flatten(1))
         return found.split(list(self.config.values), dim=1)
 

@@ -15,15 +15,15 @@ from .tensors import TINY, dot, norm
 class TracePoint:
     """One solver step; means over the batch. NaN where the step did not use both branches.
 
-    `difference` is the root mean square of cond - uncond in x0 space; `scale` how far along that
-    the guided prediction lies (exactly w for CFG); `cosine` how straight along: 1 for CFG, less for
-    a rule that leaves the direction.
+    `difference` is the root mean square of cond - uncond in x0 space; `cosine` is that of the angle
+    between it and the guided prediction's way from uncond: 1 for CFG, less for a rule that leaves
+    the direction, NaN for one that acts after the scheduler's step. How far along the guided
+    prediction lies is in the `Report`.
     """
 
     index: int
     noise: float
     """sigma / alpha at the start of the step."""
-    scale: float
     difference: float
     cosine: float
 
@@ -39,18 +39,13 @@ class Trace:
         if step.stage != 0:
             return
         noise = step.nsr if step.grid else float("nan")
-        figures = torch.full((3,), float("nan"), device=guided.out.device)
+        figures = torch.full((2,), float("nan"), device=guided.out.device)
         if {"cond", "uncond"} <= step.evaluated.keys():
             difference = step.cond.x0 - step.uncond.x0
             update = guided.x0 - step.uncond.x0
-            along, length = dot(update, difference), norm(difference).clamp_min(TINY)
-            figures = torch.stack(
-                [
-                    (along / length.square()).mean(),
-                    difference.square().mean().sqrt(),
-                    (along / (length * norm(update).clamp_min(TINY))).mean(),
-                ]
-            )
+            lengths = norm(update) * norm(difference)
+            cosine = (dot(update, difference) / lengths).where(lengths > TINY, torch.nan)
+            figures = torch.stack([difference.square().mean().sqrt(), cosine.nanmean()])
         self._steps.append((step.index, noise, figures))
 
     @property

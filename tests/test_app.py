@@ -89,15 +89,23 @@ def test_every_step_is_traced(studio):
     noise = [point.noise for point in cfg.points]
     assert noise == sorted(noise, reverse=True)
     for point in cfg.points:
-        assert point.scale == pytest.approx(6, rel=1e-4)
         assert point.cosine == pytest.approx(1, rel=1e-4)
         assert point.difference > 0
     unguided = [point for point in late.points if point.noise > 1.01]
     assert unguided
-    assert all(np.isnan([p.scale, p.difference, p.cosine]).all() for p in unguided)
-    assert show.curves([late], "scale")["step"].tolist() == [
+    assert all(np.isnan([p.difference, p.cosine]).all() for p in unguided)
+    assert show.curves([late], "cosine")["step"].tolist() == [
         p.index + 1 for p in late.points if p not in unguided
     ]
+    scales = show.curves([late], "scale")["scale"].tolist()
+    assert scales == pytest.approx([1.0 if p in unguided else 8.0 for p in late.points], rel=1e-3)
+
+
+def test_the_scale_of_what_acts_after_the_step_is_seen(studio):
+    result = studio.compare([recipe(studio, "CFGPlusPlus(scale=0.6)")], ignore)[0]
+    assert all(np.isnan(point.cosine) for point in result.points)
+    scales = show.curves([result], "scale")["scale"].tolist()
+    assert scales == pytest.approx(result.picture.effective_scale, rel=1e-3) and min(scales) > 0.5
 
 
 def test_apg_leaves_the_direction_of_cfg(studio):

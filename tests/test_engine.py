@@ -36,6 +36,7 @@ from guidancekit import (
     Linear,
     PerStep,
 )
+from guidancekit.engine import noise
 
 STEPS = 5
 MAKERS = [pytest.param(tiny_sd, id="sd"), pytest.param(tiny_sdxl, id="sdxl")]
@@ -626,18 +627,13 @@ def test_every_scheduler_equals_the_untouched_pipeline(name, guidance):
         torch.testing.assert_close(call(pipe, 2.0), plain, atol=2e-4, rtol=1e-3)
 
 
-def test_an_unknown_scheduler_serves_what_needs_no_noise_level(sd):
-    class Strange(type(sd.scheduler)):
-        @property
-        def sigmas(self):  # neither DDIM-like nor known
-            return None
-
-    from guidancekit.engine import noise
-
+def test_an_unknown_scheduler_serves_what_needs_no_noise_level():
     scheduler = diffusers.CMStochasticIterativeScheduler()
     scheduler.set_timesteps(4)
     assert noise.levels(scheduler) is None
-    assert not noise.correctable(scheduler)
+    noise.check(scheduler, CFG(6.0))
+    with pytest.raises(GuidanceError, match="is not known to guidancekit"):
+        noise.check(scheduler, CFGPlusPlus(0.6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

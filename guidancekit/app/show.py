@@ -10,6 +10,7 @@ from typing import Any
 
 from ..recipe import save_picture
 from ..studio import Glimpse, Result
+from ..trace import TracePoint
 
 PLOTS = {
     "scale": "effective scale",
@@ -56,11 +57,17 @@ def figures(results: Sequence[Result]) -> str:
 
 
 def curves(results: Sequence[Result], name: str) -> Any:
-    """The data of one plot: a figure of `TracePoint` over the steps, a line per picture."""
+    """The data of one plot: the scale or a figure of `TracePoint` over the steps, by picture."""
     import pandas
 
+    def value(result: Result, point: TracePoint) -> float:
+        if name == "scale":
+            return result.picture.effective_scale[point.index]
+        figure: float = getattr(point, name)
+        return figure
+
     rows = [
-        (point.index + 1, round(getattr(point, name), 4), result.label)
+        (point.index + 1, round(value(result, point), 4), result.label)
         for result in results
         for point in result.points
     ]

@@ -289,11 +289,6 @@ def times(scheduler: Any) -> list[float]:
 # --- what a step allows ---------------------------------------------------------------------------
 
 
-def correctable(scheduler: Any) -> bool:
-    """Whether latents may be edited after this scheduler's step."""
-    return _obstacle(scheduler, "edits") is None
-
-
 def check(scheduler: Any, guidance: Guidance, eta: float | None = None) -> None:
     """Raise `GuidanceError` for a way of stepping that has no correct form on this scheduler.
 
