@@ -12,8 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 # With LAUNCH="torchrun --nproc-per-node 2 -m" two processes share the laboratory's work.
 LAUNCH ?= $(BIN)/python -m
-LAB    := $(LAUNCH) guidancekit bench --models scenes-unet --captions 32 --seeds 4 --steps 20
-METHODS := apg,cfg++,fdg,interval,adaptive,beta-cfg,cads,cfg-zero*,dynamic-thresholding,icg,mambo-g,rescaled-cfg,tcfg
+LAB    := $(LAUNCH) guidancekit bench --models scenes-unet,scenes-flow --captions 32 --seeds 4 --steps 20
+METHODS := apg,cfg++,fdg,interval,adaptive,beta-cfg,cads,cfg-zero*,dynamic-thresholding,icg,mambo-g,rectified-cfg++,rescaled-cfg,tcfg
 
 .PHONY: help demo app bench lab test test-browser lint format compatibility methods test-lowest clean
 
@@ -65,7 +65,7 @@ bench: $(VENV)/.installed-bench ## measure what guidance costs, into BENCHMARKS.
 	$(BIN)/python -m benchmarks --device $(DEVICE)
 
 lab: $(VENV)/.installed-dev ## the laboratory's report, samples/lab: most of an hour; LAUNCH=...
-	$(LAB) --out samples/lab --methods cfg,apg,cfg++,fdg,interval,cads,rescaled-cfg,cfg-mp --scales 2,4,6,10
+	$(LAB) --out samples/lab --methods cfg,apg,cfg++,fdg,interval,cads,rescaled-cfg,cfg-mp,rectified-cfg++ --scales 2,4,6,10
 	$(LAB) --out samples/lab --methods '$(METHODS)' --match effective-scale --at 6
 	$(LAB) --out samples/lab --claims
 	$(LAB) --out samples/lab/again --claims apg,interval,cfg++,cads --first-seed 1000 \

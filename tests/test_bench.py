@@ -191,16 +191,25 @@ def test_the_steps_say_the_effective_scale_also_of_what_acts_later(tmp_path):
     assert scales.min() > 1 and np.isnan(cosines).all()
 
 
-def test_an_inverted_picture_comes_back(tmp_path):
+@pytest.mark.parametrize("model", bundled.MODELS)
+def test_an_inverted_picture_comes_back(model, tmp_path):
     bench = Bench(tmp_path, replace(ASKED, inverted=True, batch=8))
-    arms = [arm(replace(BASE, steps=10), "cfg", scale) for scale in (1.0, 8.0)]
+    base = replace(BASE, model=model, steps=20)
+    settings = [("cfg", 1.0), ("cfg", 8.0), ("cfg++", 0.6)]
+    arms = [arm(base, method, scale) for method, scale in settings]
     bench.run(arms)
-    plain, guided = (bench.result(each).measured.figures for each in arms)
+    plain, guided, corrected = (bench.result(each).measured.figures for each in arms)
     assert plain["reconstruction"].value < 0.8 * guided["reconstruction"].value
+    assert corrected["reconstruction"].value < 0.8 * guided["reconstruction"].value
     sample = bench.sample(arms[0])
     shown = measures.distance(*(x / 255 for x in (sample.pictures, sample.originals)))
     assert plain["reconstruction"].value == pytest.approx(shown.mean(), rel=1e-4)
     assert len(np.unique(sample.originals, axis=0)) == 6
+
+
+def test_inverted_runs_have_files_of_their_own(tmp_path):
+    bench = Bench(tmp_path, replace(ASKED, inverted=True, batch=8))
+    arms = [arm(BASE, "cfg", 1.0)]
     paths = {call.path for call in bench.calls(arms)}
     drawn = Bench(tmp_path, replace(ASKED, batch=8))
     assert not paths & {call.path for call in drawn.calls(arms)}

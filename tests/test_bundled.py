@@ -1,4 +1,4 @@
-"""The embedded model: an ordinary Diffusers pipeline, on which every law holds as on any other."""
+"""The embedded models: ordinary Diffusers pipelines, on which every law holds as on any other."""
 
 from __future__ import annotations
 
@@ -7,38 +7,59 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 
-from guidancekit import APG, CFG, FDG, SAG, CFGPlusPlus, GuidanceError, Interval, bundled
+from guidancekit import APG, CFG, FDG, PAG, CFGPlusPlus, GuidanceError, Interval, bundled
+from guidancekit.engine.run import denoiser
 
 PROMPT, STEPS = "a red star left of a blue ring", 8
 
 
+@pytest.fixture(scope="module", params=bundled.MODELS)
+def model(request):
+    """The name of an embedded model."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def scenes():
-    pipe = bundled.load("scenes-unet")
+def scenes(model):
+    return load(model)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return load("scenes-unet")
+
+
+def load(model, **options):
+    pipe = bundled.load(model, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def call(pipe, guidance_scale=4.0, prompt=PROMPT, **options):
+    short = {"max_sequence_length": 20} if hasattr(pipe, "transformer") else {}
     return pipe(
         prompt,
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
+        **short,
         **options,
     ).images
 
 
-def test_it_is_an_ordinary_pipeline(scenes):
-    assert type(scenes) is StableDiffusionPipeline
+def test_it_is_an_ordinary_pipeline(scenes, model):
+    expected = {"scenes-unet": StableDiffusionPipeline, "scenes-flow": StableDiffusion3Pipeline}
+    assert type(scenes) is expected[model]
     picture = scenes(PROMPT, num_inference_steps=2).images[0]
     assert picture.size == (64, 64)
-    files = [path for path in bundled.path("scenes-unet").rglob("*") if path.is_file()]
+    files = [path for path in bundled.path(model).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
 
@@ -57,7 +78,7 @@ def test_laws_of_cfg(scenes):
 
 @pytest.mark.parametrize(
     "guidance",
-    [APG(8.0), CFGPlusPlus(), FDG(3.0, 8.0), CFG(Interval(8.0)), CFG() + SAG(0.75)],
+    [APG(8.0), CFGPlusPlus(), FDG(3.0, 8.0), CFG(Interval(8.0)), CFG() + PAG(0.75)],
     ids=repr,
 )
 def test_strategies_run_and_come_off(scenes, guidance):
@@ -69,7 +90,7 @@ def test_strategies_run_and_come_off(scenes, guidance):
 
 
 def test_batch_of_two_equals_two_of_one(scenes):
-    noise = torch.randn(2, scenes.unet.config.in_channels, 16, 16)
+    noise = torch.randn(2, denoiser(scenes).config.in_channels, 16, 16)
     prompts = [PROMPT, "a large green heart"]
     with APG(6.0).attach(scenes):
         together = call(scenes, prompt=prompts, latents=noise)
@@ -79,9 +100,9 @@ def test_batch_of_two_equals_two_of_one(scenes):
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-def test_other_schedulers(scenes, scheduler):
-    pipe = StableDiffusionPipeline(**scenes.components, requires_safety_checker=False)
-    pipe.scheduler = scheduler.from_config(scenes.scheduler.config)
+def test_other_schedulers(unet, scheduler):
+    pipe = StableDiffusionPipeline(**unet.components, requires_safety_checker=False)
+    pipe.scheduler = scheduler.from_config(unet.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     plain = call(pipe, 5.0)
     with CFG(5.0).attach(pipe):
@@ -93,7 +114,10 @@ def test_other_schedulers(scenes, scheduler):
 
 
 def test_image_to_image(scenes):
-    pipe = StableDiffusionImg2ImgPipeline(**scenes.components, requires_safety_checker=False)
+    if hasattr(scenes, "transformer"):
+        pipe = StableDiffusion3Img2ImgPipeline(**scenes.components)
+    else:
+        pipe = StableDiffusionImg2ImgPipeline(**scenes.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     image = scenes(PROMPT, num_inference_steps=4).images[0]
     with APG(6.0).attach(pipe) as guidance:
@@ -101,8 +125,7 @@ def test_image_to_image(scenes):
         assert guidance.report().rows == 2 * STEPS // 2
 
 
-def test_half_precision(scenes):
-    pipe = bundled.load("scenes-unet", torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+def test_half_precision(model):
+    pipe = load(model, torch_dtype=torch.bfloat16)
     with APG(6.0).attach(pipe):
         assert torch.isfinite(call(pipe)).all()

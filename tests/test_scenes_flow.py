@@ -21,7 +21,7 @@ from guidancekit.recipe import Recipe
 from samples.scenes.models import (
     TEXT_LENGTH,
     USUAL_ZEROS,
-    FlowDenoiser,
+    AlignedFlowDenoiser,
     flow_denoiser,
     flow_scheduler,
     no_t5,
@@ -36,7 +36,7 @@ PROMPTS = ["a red star left of a blue ring", "", "a heart and a purple dotted sh
 
 
 @pytest.fixture(scope="module")
-def awake() -> FlowDenoiser:
+def awake() -> AlignedFlowDenoiser:
     """A random one, in which nothing is zero that starts as zero in training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def tokens():
 
 def test_the_text_is_what_the_pipeline_encodes(awake, pipe):
     text, pooled = encode(pipe)
-    found, found_pooled = awake.text(tokens())
+    found, found_pooled = awake.text_and_summary(tokens())
     assert torch.equal(found, text[:, : TEXT_LENGTH + 1])
     assert torch.equal(found_pooled, pooled)
     assert text.shape[1] == TEXT_LENGTH + USUAL_ZEROS
@@ -166,7 +166,7 @@ def test_the_number_of_zeros_is_drawn_in_training(awake):
 
 @pytest.fixture
 def data(pool, few):
-    return train.FlowDenoising(pool, "cpu", tokenizer())
+    return train.AlignedFlowDenoising(pool, "cpu", tokenizer())
 
 
 def test_the_answer_is_what_the_scheduler_integrates(data):

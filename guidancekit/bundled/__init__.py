@@ -12,22 +12,23 @@ from typing import Any
 
 from ..errors import GuidanceError
 
-MODELS = ("scenes-unet",)
-FAMILIES = {"scenes-unet": "scenes"}  # what presets call a model
+FAMILIES = {"scenes-unet": "scenes", "scenes-flow": "scenes-flow"}
+"""The embedded models, and what presets and companions call them."""
+
+MODELS = tuple(FAMILIES)
 
 CALL = {"scenes-flow": {"max_sequence_length": 20}}
 """What calls of a model are given besides. The flow model says nothing with the hundreds of tokens
 that Stable Diffusion 3's pipeline has for a third text encoder; with few it is much faster.
 """
 
-_SCENES = Path(__file__).parent / "scenes-unet-companions"
+_FILES = ("weak", "head", "scorer", "annealing.safetensors", "linear-ag.json")
 COMPANIONS = {
-    "scenes:weak": _SCENES / "weak",
-    "scenes:head": _SCENES / "head",
-    "scenes:scorer": _SCENES / "scorer",
-    "scenes:annealing": _SCENES / "annealing.safetensors",
-    "scenes:linear-ag": _SCENES / "linear-ag.json",
+    f"{family}:{Path(file).stem}": Path(__file__).parent / f"{model}-companions" / file
+    for model, family in FAMILIES.items()
+    for file in _FILES
 }
+"""The files and folders of companions, by name."""
 
 
 def path(name: str = "scenes-unet") -> Path:

@@ -84,7 +84,7 @@ def add(commands: Any) -> None:
 
 def _add_fit_options(parser: argparse.ArgumentParser, out: str, scale: str) -> None:
     parser.add_argument(
-        "--scale", type=float, metavar="W", help=f"CFG scale, {scale} [4 for the embedded model]"
+        "--scale", type=float, metavar="W", help=f"CFG scale, {scale} [4 for embedded models]"
     )
     parser.add_argument(
         "--seeds", type=numbers(int), default=[0], metavar="S,...", help="prompt i starts at S+i"

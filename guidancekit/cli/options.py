@@ -65,7 +65,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         "--scale",
         type=float,
         metavar="W",
-        help="CFG scale, 1 is no guidance [4 for the embedded model, else the pipeline's]; "
+        help="CFG scale, 1 is no guidance [4 for embedded models, else the pipeline's]; "
         "up to 1 it is the method's own scale (cfg++: lambda)",
     )
     parser.add_argument(

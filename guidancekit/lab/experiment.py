@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 
 from .. import bundled
 from ..engine import Watch
@@ -243,7 +248,7 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
         "effective_scale": scale.numpy(),
         "latent_std": latents.std.cpu().numpy(),
         "latent_mean": latents.mean.cpu().numpy(),
-        "steps": _steps(trace, report, guidance.edits_latents),
+        "steps": _steps(trace, report),
         "facts": np.array(json.dumps(facts)),
     }
 
@@ -251,13 +256,10 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
 def invert(pipe: Any, call: Call, given: Mapping[str, Any]) -> tuple[Array, torch.Tensor]:
     """True pictures of what is asked for, as the autoencoder leaves them, and noise behind them.
 
-    That is where DDIM inversion leads under the guidance of the call.
-    Raises `GuidanceError` for a scheduler other than DDIM, which has no inversion.
+    That is where the scheduler's steps lead the other way round, under the guidance of the call.
+    Raises `GuidanceError` for schedulers other than DDIM and flow Euler.
     """
-    if not isinstance(pipe.scheduler, DDIMScheduler):
-        raise GuidanceError(
-            f"inversion: found {type(pipe.scheduler).__name__}, expected DDIMScheduler."
-        )
+    backwards = inverse(pipe.scheduler)
     drawn = [truth(ask.prompt, 1, (ask.seed,)) for ask in call.asks]
     pixels = pipe.image_processor.preprocess(np.concatenate(drawn).astype(np.float32) / 255)
     with torch.no_grad():
@@ -265,7 +267,7 @@ def invert(pipe: Any, call: Call, given: Mapping[str, Any]) -> tuple[Array, torc
         decoded = pipe.vae.decode(latents).sample
     forwards = pipe.scheduler
     try:
-        pipe.scheduler = DDIMInverseScheduler.from_config(forwards.config)
+        pipe.scheduler = backwards
         with (
             warnings.catch_warnings(),
             parse(call.arm.recipe.guidance).attach(pipe),
@@ -278,15 +280,34 @@ def invert(pipe: Any, call: Call, given: Mapping[str, Any]) -> tuple[Array, torc
     return _bytes(pipe.image_processor.postprocess(decoded, "np")), noise
 
 
-def _steps(trace: Trace, report: Report, acts_later: bool) -> Array:
+class FlowInversion(FlowMatchEulerDiscreteScheduler):
+    """Flow Euler from the picture to noise, over the same noise levels."""
+
+    sigmas: torch.Tensor
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas = self.sigmas.flip(0)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+
+
+def inverse(scheduler: Any) -> SchedulerMixin:
+    """The scheduler that goes the other way; raises `GuidanceError` where there is none."""
+    kinds = {DDIMScheduler: DDIMInverseScheduler, FlowMatchEulerDiscreteScheduler: FlowInversion}
+    for kind, backwards in kinds.items():
+        if isinstance(scheduler, kind):
+            made: SchedulerMixin = backwards.from_config(scheduler.config)
+            return made
+    raise GuidanceError(
+        f"inversion: found {type(scheduler).__name__}, expected DDIMScheduler or "
+        "FlowMatchEulerDiscreteScheduler."
+    )
+
+
+def _steps(trace: Trace, report: Report) -> Array:
     """Those of a `Sample`, [steps, 4]."""
     scales = {step.index: step.effective_scale for step in report.steps}
-    return np.array(
-        [
-            [p.noise, scales[p.index], p.difference, np.nan if acts_later else p.cosine]
-            for p in trace.points
-        ]
-    )
+    return np.array([[p.noise, scales[p.index], p.difference, p.cosine] for p in trace.points])
 
 
 def _bytes(pictures: Any) -> Array:

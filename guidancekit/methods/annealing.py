@@ -35,8 +35,8 @@ class AnnealingGuidance(Renoising):
     Defaults: lambda 0.4 is that of the official sample script. `divisor` None is the file's own,
     else 5, the official code's for SDXL, times sqrt(elements / 65536) (our rule). Made for 50 DDIM
     steps; other numbers are tolerated. The layout follows the official code, but we had no
-    checkpoint to compare values with (unverified). The preset `scenes` names the network of the
-    embedded model.
+    checkpoint to compare values with (unverified). The presets `scenes` and `scenes-flow` name
+    the networks of the embedded models.
     Cost: 2 network evaluations per step.
     Oracle: the network in NumPy, in a DDIM loop by hand.
     """
@@ -48,7 +48,10 @@ class AnnealingGuidance(Renoising):
             {"alignment": 0.4, "divisor": 5.0},
             "official sample script, 50 DDIM steps; give the authors' checkpoint as weights",
         ),
-        "scenes": Preset({"weights": "scenes:annealing"}, "ours: trained for 30 DDIM steps"),
+        **{
+            family: Preset({"weights": f"{family}:annealing"}, "ours: trained for 30 steps")
+            for family in bundled.FAMILIES.values()
+        },
     }
 
     def __init__(
@@ -79,7 +82,7 @@ class AnnealingGuidance(Renoising):
                 raise GuidanceError(
                     "AnnealingGuidance needs a network: AnnealingGuidance(weights=...) with the "
                     "published checkpoint for SDXL, or a file that `guidancekit fit annealing` "
-                    'made. AnnealingGuidance.preset("scenes") has one for the embedded model.'
+                    'made. AnnealingGuidance.preset("scenes") has one for an embedded model.'
                 )
             loaded = self._loaded = ScaleNetwork.load(self.weights)
         return loaded

@@ -30,7 +30,7 @@ class AutoGuidance(WeakBranch):
     saved. Good ones are an earlier checkpoint or a smaller sibling, degraded in the way the main
     network is: dropout or noise on a good one did not help (paper). Keep it on at all noise levels.
     Default: w = 2.1, the paper's for ImageNet-512; for text-to-image nothing is published. The
-    preset `scenes` names the embedded model's weaker sibling.
+    presets `scenes` and `scenes-flow` name the embedded models' weaker siblings.
     Cost: 2 network evaluations per step, 1 of each network; 1 where w = 1.
     Oracle: a loop by hand with two networks, Eq. 3 and Eq. 6.
     """
@@ -45,9 +45,12 @@ class AutoGuidance(WeakBranch):
             ("edm2-s-64", 1.7, "ImageNet-64 S"),
         )
     }
-    presets["scenes"] = Preset(
-        {"network": "scenes:weak"}, "ours: a quarter of the parameters, trained less; w not tuned"
-    )
+    presets |= {
+        family: Preset(
+            {"network": f"{family}:weak"}, "ours: a quarter of the size, trained less; w not tuned"
+        )
+        for family in bundled.FAMILIES.values()
+    }
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class AutoGuidance(WeakBranch):
             raise GuidanceError(
                 "AutoGuidance needs a weaker network to guide away from: write "
                 "AutoGuidance(network=...) with a module, or the folder of a smaller or less "
-                'trained model. AutoGuidance.preset("scenes") has one for the embedded model.'
+                'trained model. AutoGuidance.preset("scenes") has one for an embedded model.'
             )
         weak = step.evaluate("cond", network=self._evaluate)
         if weak.out.shape != step.x.shape:

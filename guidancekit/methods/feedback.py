@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from .. import schedules
+from .. import bundled, schedules
 from ..errors import GuidanceError
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
@@ -36,8 +36,8 @@ class FeedbackGuidance(ClassifierFree):
     latents (code not public) and weights them by their relative change, which `adaptive` does by
     our reading (which state it is measured at, and its sign, are unverified). `candidates` are the
     paper's for latent diffusion, known second-hand; fixed equal weights and `high` 0.8 are ours:
-    at higher noise clean predictions are too blurred to judge. No presets were published; `scenes`
-    is ours. Functions cannot be saved: give them anew when loading a file.
+    at higher noise clean predictions are too blurred to judge. No presets were published; those
+    of the embedded models are ours. Functions cannot be saved: give them anew when loading a file.
     Cost: 2 network evaluations per step; in scored steps each function (and the decoder, with
     `decode`) runs once per candidate.
     Oracle: none for the paper's evaluators; our rule by hand in NumPy.
@@ -46,10 +46,11 @@ class FeedbackGuidance(ClassifierFree):
     name = "feedback"
     paper = "arXiv:2509.16131"
     presets = {
-        "scenes": Preset(
-            {"scorers": "scenes:scorer", "candidates": [1.0, 2.0, 4.0, 6.0, 8.0]},
+        family: Preset(
+            {"scorers": f"{family}:scorer", "candidates": [1.0, 2.0, 4.0, 6.0, 8.0]},
             "ours: the embedded model's latent scorer; not tuned",
         )
+        for family in bundled.FAMILIES.values()
     }
 
     def __init__(
@@ -106,7 +107,7 @@ class FeedbackGuidance(ClassifierFree):
             raise GuidanceError(
                 "FeedbackGuidance needs functions that score clean predictions: "
                 "FeedbackGuidance(scorers={'name': f}), f(x0, noise_fraction, index) -> [n]. "
-                'FeedbackGuidance.preset("scenes") has one for the embedded model.'
+                'FeedbackGuidance.preset("scenes") has one for an embedded model.'
             )
         self._judges()  # before the first step
         steps = range(moment.total)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .. import schedules
+from .. import bundled, schedules
 from ..errors import GuidanceError
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
@@ -21,7 +21,9 @@ from ..uncompiled import brought_to, uncompiled
 Classifier = Callable[[Tensor], Tensor]
 """Logits [n, K] of clean latents or images [n, ...]."""
 
-_SHAPES = "circle square triangle star ring cross heart moon".split()
+_REFERENCES = [
+    f"a {shape}" for shape in "circle square triangle star ring cross heart moon".split()
+]
 
 
 class GFCG(ClassifierFree):
@@ -39,9 +41,9 @@ class GFCG(ClassifierFree):
     the class and confusion of the step before, with both passes in one batch (CFG in the first such
     step); `confident`, a confusion below which a sample is conditional. Labels of classifier and
     model must agree. A `LatentScorer`, or its folder, scores the prompt, which is then the wanted
-    class, against the `references`. Functions cannot be saved. No presets were published; `scenes`
-    is ours. In a sum, `lag` gives the reference to the other terms too, as their unconditional
-    prediction.
+    class, against the `references`. Functions cannot be saved. No presets were published; those
+    of the embedded models are ours. In a sum, `lag` gives the reference to the other terms too, as
+    their unconditional prediction.
     Cost: 2 network evaluations per step and 1 of the classifier (and of the decoder, with
     `decode`), one after the other without `lag`; 1 of the network where all are confident.
     Oracle: none for the paper; our formulas by hand, and CFG with the rival as negative prompt.
@@ -51,10 +53,11 @@ class GFCG(ClassifierFree):
     paper = "arXiv:2411.15393"
     evaluates = ("cond",)
     presets = {
-        "scenes": Preset(
-            {"classifier": "scenes:scorer", "references": [f"a {shape}" for shape in _SHAPES]},
+        family: Preset(
+            {"classifier": f"{family}:scorer", "references": _REFERENCES},
             "ours: the embedded model's latent scorer; not tuned",
         )
+        for family in bundled.FAMILIES.values()
     }
 
     def __init__(

@@ -30,8 +30,8 @@ class InternalGuidance(Guidance):
     The head is an `InternalHead`, the folder of a saved one, or any module with its `block`
     attribute and arguments. It is trained on the frozen network (`InternalHead.early` says how;
     the paper trains both together). Default w = 1.4: SiT-XL with CFG (official code). Nothing is
-    published for text-to-image models, and the paper is known second-hand (unverified). The preset
-    `scenes` names the head of the embedded model.
+    published for text-to-image models, and the paper is known second-hand (unverified). The presets
+    `scenes` and `scenes-flow` name the heads of the embedded models.
     Cost: 2 network evaluations per step, as CFG; 1 where cfg is 1.
     Oracle: a loop by hand with the same head.
     """
@@ -46,6 +46,7 @@ class InternalGuidance(Guidance):
         "scenes": Preset(
             {"scale": 1.2, "head": "scenes:head"}, "ours: on the last down block; 1.4 is too far"
         ),
+        "scenes-flow": Preset({"head": "scenes-flow:head"}, "ours: on the second of six blocks"),
     }
 
     def __init__(
@@ -115,7 +116,7 @@ class InternalGuidance(Guidance):
             raise GuidanceError(
                 "InternalGuidance needs a head trained for this network: write "
                 "InternalGuidance(head=...) with an InternalHead or the folder of a saved one. "
-                'InternalGuidance.preset("scenes") has one for the embedded model.'
+                'InternalGuidance.preset("scenes") has one for an embedded model.'
             )
         if isinstance(self.head, str) and getattr(self, "_loaded", None) is None:
             folder = bundled.locate(self.head)

@@ -34,8 +34,8 @@ class LinearAG(ClassifierFree):
 
     Space: the network's own output (noise in the paper). The policy (alternate in the first half,
     then conditional) and one scalar per earlier prediction are second-hand (unverified). No table
-    was published; the preset `scenes` names those of the embedded model. Stages after the first of
-    a multi-stage solver are evaluated.
+    was published; the presets `scenes` and `scenes-flow` name those of the embedded models. Stages
+    after the first of a multi-stage solver are evaluated.
     Cost: 2 network evaluations per step where both are evaluated, else 1; 25 in 20 steps as fitted.
     Oracle: a loop by hand on SD3; a network whose regression is known.
     """
@@ -43,7 +43,10 @@ class LinearAG(ClassifierFree):
     name = "linear-ag"
     paper = "arXiv:2312.12487"
     presets = {
-        "scenes": Preset({"table": "scenes:linear-ag"}, "ours: DDIM, w = 4, empty negative prompt")
+        family: Preset(
+            {"table": f"{family}:linear-ag"}, "ours: its own scheduler, w = 4, no negative prompt"
+        )
+        for family in bundled.FAMILIES.values()
     }
 
     def __init__(
@@ -66,7 +69,7 @@ class LinearAG(ClassifierFree):
             raise GuidanceError(
                 "LinearAG needs a table fitted to the model: LinearAG(table=...), made by "
                 "`guidancekit fit linear-ag` or guidancekit.fitting.fit_linear_ag. "
-                'LinearAG.preset("scenes") has those of the embedded model.'
+                'LinearAG.preset("scenes") has those of an embedded model.'
             )
         if moment.total not in self.tables:
             known = " or ".join(map(str, self.tables))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from .. import schedules
+from .. import bundled, schedules
 from ..guidance import ClassifierFree, Preset, State
 from ..parameters import Range
 from ..schedules import AnyScale, scale_at
@@ -31,7 +31,10 @@ class DynamicThresholding(ClassifierFree):
 
     name = "dynamic-thresholding"
     paper = "arXiv:2205.11487"
-    presets = {"scenes": Preset({"data_range": 5.0}, "ours: with 4, backgrounds are washed out")}
+    presets = {
+        family: Preset({"data_range": 5.0}, "ours: with 4, backgrounds are washed out")
+        for family in bundled.FAMILIES.values()
+    }
 
     def __init__(
         self,

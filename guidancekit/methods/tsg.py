@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from .. import schedules
+from .. import bundled, schedules
 from ..errors import GuidanceError
 from ..guidance import Preset, State
 from ..parameters import Range
@@ -66,7 +66,10 @@ class TSG(WeakBranch):
             ("sd21-unconditional", (3.0, 100.0, 900.0, 1.25, 0.0), f"{_TABLE}, empty prompts"),
             ("dit", (2.5, 0.0, 1000.0, 2.0, 1.0), f"{_TABLE}, in the first layers only"),
             ("dit-unconditional", (5.0, 200.0, 800.0, 1.0, 0.0), f"{_TABLE}, first layers only"),
-            ("scenes", (2.0, 100.0, 900.0, 1.25, 0.0), "ours: sd21's without a prompt, at w = 2"),
+            *(
+                (family, (2.0, 100.0, 900.0, 1.25, 0.0), "ours: sd21's without a prompt, at w = 2")
+                for family in bundled.FAMILIES.values()
+            ),
         )
     }
 

@@ -141,12 +141,15 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """The predicted noise, (n, 8, 16, 16), for token numbers (n, TEXT_LENGTH)."""
-        text = self.text_encoder(tokens).last_hidden_state
-        return self.unet(noisy, timesteps, text, return_dict=False)[0]
+        return self.unet(noisy, timesteps, self.text(tokens), return_dict=False)[0]
+
+    def text(self, tokens: Tensor) -> Tensor:
+        """What the network reads of a text, (n, TEXT_LENGTH, 128)."""
+        return self.text_encoder(tokens).last_hidden_state
 
 
-def transformer() -> SD3Transformer2DModel:
-    """Six joint blocks of width 160 over 8x8 patches and the text; about 5.4M parameters.
+def transformer(layers: int = 6, heads: int = 5) -> SD3Transformer2DModel:
+    """Joint blocks of width 32 `heads` over 8x8 patches and the text; about 5.4M parameters.
 
     Queries and keys are normalised, as in Stable Diffusion 3.5, so that attention keeps its
     temperature at a high learning rate. All modulations and the output start at zero, so that every
@@ -157,11 +160,11 @@ def transformer() -> SD3Transformer2DModel:
         patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_layers=6,
-        num_attention_heads=5,
+        num_layers=layers,
+        num_attention_heads=heads,
         attention_head_dim=32,
         joint_attention_dim=2 * TEXT_WIDTH,
-        caption_projection_dim=160,
+        caption_projection_dim=32 * heads,
         pooled_projection_dim=2 * TEXT_WIDTH,
         pos_embed_max_size=LATENT_SIZE,  # patches a side, so pictures of up to 128x128
         qk_norm="rms_norm",
@@ -211,16 +214,13 @@ def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 class FlowDenoiser(nn.Module):
-    """The joint transformer and its two text encoders, trained together.
+    """The joint transformer and its two text encoders, trained together unless those are frozen.
 
     The pipeline appends tokens of zeros to the text where T5's would be: as many as its
     `max_sequence_length`, 256 unless told otherwise. Without positions they are all alike in every
     block, so here one token stands for them all, and its weight in the attention is their number.
     In training that is drawn anew for every sample, evenly on a logarithmic scale, so that a
     picture does not hang on it.
-
-    `projector` is for training alone: it reads from the transformer's `middle` what a recogniser
-    sees in the clean picture (arXiv:2410.06940).
     """
 
     def __init__(
@@ -230,7 +230,6 @@ class FlowDenoiser(nn.Module):
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.transformer = transformer
-        self.projector = nn.Sequential(nn.Linear(160, 256), nn.SiLU(), nn.Linear(256, SEEN))
         transformer.set_attn_processor(MaskedJointAttention())
 
     def forward(
@@ -240,7 +239,7 @@ class FlowDenoiser(nn.Module):
 
         `zeros` (n,) are numbers of zero tokens; by default 256, in training random ones.
         """
-        text, pooled = self.text(tokens)
+        text, pooled = self.text_and_summary(tokens)
         if zeros is None:
             spread = torch.rand(len(noisy), device=noisy.device)
             zeros = MOST_ZEROS**spread if self.training else torch.full_like(spread, USUAL_ZEROS)
@@ -252,19 +251,11 @@ class FlowDenoiser(nn.Module):
             noisy, text, pooled, timesteps, joint_attention_kwargs=extra, return_dict=False
         )[0]
 
-    @contextmanager
-    def middle(self) -> Iterator[list[Tensor]]:
-        """Collects what enters block number `MIDDLE`, (n, patches, 160), which must be eager."""
-        found: list[Tensor] = []
-        watch = self.transformer.transformer_blocks[MIDDLE].register_forward_pre_hook(
-            lambda _, args, given: found.append(given["hidden_states"]), with_kwargs=True
-        )
-        try:
-            yield found
-        finally:
-            watch.remove()
+    def text(self, tokens: Tensor) -> Tensor:
+        """What the network reads of a text token by token, (n, TEXT_LENGTH + 1, 256)."""
+        return self.text_and_summary(tokens)[0]
 
-    def text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def text_and_summary(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What `StableDiffusion3Pipeline.encode_prompt` makes of a text, with one zero token.
 
         Both encoders' last but one hidden states side by side (n, TEXT_LENGTH + 1, 256), and their
@@ -277,10 +268,33 @@ class FlowDenoiser(nn.Module):
         return F.pad(features, (0, 0, 0, 1)), pooled
 
 
-def flow_denoiser(vocabulary: int) -> FlowDenoiser:
+class AlignedFlowDenoiser(FlowDenoiser):
+    """The same with what its training needs besides: a `projector`, which reads from the middle of
+    the transformer what a recogniser sees in the clean picture (arXiv:2410.06940).
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        width = self.transformer.inner_dim
+        self.projector = nn.Sequential(nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, SEEN))
+
+    @contextmanager
+    def middle(self) -> Iterator[list[Tensor]]:
+        """Collects what enters block number `MIDDLE`, (n, patches, width), which must be eager."""
+        found: list[Tensor] = []
+        watch = self.transformer.transformer_blocks[MIDDLE].register_forward_pre_hook(
+            lambda _, args, given: found.append(given["hidden_states"]), with_kwargs=True
+        )
+        try:
+            yield found
+        finally:
+            watch.remove()
+
+
+def flow_denoiser(vocabulary: int) -> AlignedFlowDenoiser:
     """A new one, about 6.7M parameters in all."""
     encoders = [text_encoder(vocabulary, CLIPTextModelWithProjection) for _ in range(2)]
-    return FlowDenoiser(*encoders, transformer())
+    return AlignedFlowDenoiser(*encoders, transformer())
 
 
 class MaskedJointAttention:

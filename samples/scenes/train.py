@@ -35,6 +35,7 @@ from .data import kept_pool, render_pool
 from .models import (
     MIDDLE,
     Denoiser,
+    FlowDenoiser,
     autoencoder,
     flow_denoiser,
     fold_normalisation,
@@ -295,13 +296,33 @@ class FlowDenoising(Denoising):
     Sigma is logit-normal, the best of the densities in arXiv:2403.03206, but uniform for a fifth:
     by itself the logit-normal one leaves the first of 30 steps to one sample in 2700, and there
     guidance decides on the background and on how many things there are.
+    """
+
+    asked = "velocity"
+
+    def times(self, count: int) -> Tensor:
+        normal = torch.randn(count, device=self.device).sigmoid()
+        uniform, lot = torch.rand(2, count, device=self.device)
+        return 1000 * torch.where(lot < UNIFORM, uniform, normal)
+
+    def spread_times(self) -> Tensor:
+        return torch.linspace(1, 1000, CHECK_COUNT, device=self.device)
+
+    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = times / 1000
+        return 1 - sigma, sigma
+
+    def answer(self, batch: Noisy) -> Tensor:
+        return batch.noise - batch.clean
+
+
+class AlignedFlowDenoising(FlowDenoising):
+    """The same with a second thing asked for.
 
     Patches learn colours at once and shapes late, for there is little squared error in an edge. So
     the middle of the network has to say, too, what the recogniser sees at each patch of the clean
     picture (representation alignment, arXiv:2410.06940).
     """
-
-    asked = "velocity"
 
     def __init__(self, folder: Path, device: str, words: Any) -> None:
         super().__init__(folder, device, words)
@@ -323,21 +344,6 @@ class FlowDenoising(Denoising):
         seen = (self._seen(batch.clean) - mean) / deviation
         alike = F.cosine_similarity(model.projector(hidden[0]).float(), seen, dim=-1)
         return {**found, "unlike": ALIGNMENT * (1 - alike.mean())}
-
-    def times(self, count: int) -> Tensor:
-        normal = torch.randn(count, device=self.device).sigmoid()
-        uniform, lot = torch.rand(2, count, device=self.device)
-        return 1000 * torch.where(lot < UNIFORM, uniform, normal)
-
-    def spread_times(self) -> Tensor:
-        return torch.linspace(1, 1000, CHECK_COUNT, device=self.device)
-
-    def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = times / 1000
-        return 1 - sigma, sigma
-
-    def answer(self, batch: Noisy) -> Tensor:
-        return batch.noise - batch.clean
 
 
 def train_unet(folder: Path, minutes: float, device: str, compiled: bool = False) -> None:
@@ -364,14 +370,26 @@ def train_flow(folder: Path, minutes: float, device: str, compiled: bool = False
     """Predict the velocity of latents on their way to noise, from them, sigma and a caption."""
     words = tokenizer()
     model = flow_denoiser(len(words))
+    data = AlignedFlowDenoising(folder, device, words)
+    train_flow_denoiser(model, data, folder / "flow.pt", minutes, device, compiled)
+
+
+def train_flow_denoiser(
+    model: FlowDenoiser,
+    data: FlowDenoising,
+    path: Path,
+    minutes: float,
+    device: str,
+    compiled: bool,
+) -> None:
+    """Train with a joint transformer; parts of the model may be frozen."""
     model.text_encoder.set_attn_implementation("eager")
     model.text_encoder_2.set_attn_implementation("eager")
     if compiled:
         blocks = model.transformer.transformer_blocks
         for block in (*blocks[:MIDDLE], *blocks[MIDDLE + 1 :]):  # alike, so this compiles two
             block.compile()
-    data = FlowDenoising(folder, device, words)
-    fit_denoiser(model, data, folder / "flow.pt", minutes, device)
+    fit_denoiser(model, data, path, minutes, device)
 
 
 def fit_denoiser(
