@@ -293,6 +293,17 @@ def test_the_verdict_follows_from_the_interval(direction, difference, error, ver
     assert str(Verdict(claim, "m", refused="why")) == "not tested"
 
 
+def test_verdicts_are_summed_up_by_model():
+    side = (Setting("cfg"),)
+    first, second = (Claim("1", words, side, side, "frechet", "lower") for words in ("a", "b"))
+    still, lower = _figure(3.0, 0.0), _figure(2.0, 0.1)
+    found = [Verdict(claim, "m", lower, still) for claim in (first, second)]
+    lines = claims.summary([*found, Verdict(first, "n", refused="why")]).splitlines()
+    assert lines[0] == "| claim | m | n |"
+    assert lines[2:4] == ["| a | holds | not tested |", "| b | holds |  |"]
+    assert lines[4] == "|  | holds: 2 | not tested: 1 |"
+
+
 def test_every_claim_names_what_there_is():
     for claim in CLAIMS:
         settings = [*claim.ours, *claim.theirs, *([claim.reference] if claim.reference else [])]

@@ -9,6 +9,7 @@ hold if the whole interval lies on the other, and is inconclusive here otherwise
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -331,6 +332,20 @@ def read_intervals(path: Path) -> Intervals:
         ) from error
 
 
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """Markdown: a row per claim, a column of verdicts per model, and how many of each there are."""
+    models = list(dict.fromkeys(each.model for each in verdicts))
+    found: dict[str, dict[str, str]] = {}
+    for each in verdicts:
+        found.setdefault(each.claim.words, {})[each.model] = str(each)
+    lines = [["claim", *models], ["---"] * (1 + len(models))]
+    for words, by_model in found.items():
+        lines.append([words, *(by_model.get(model, "") for model in models)])
+    counts = [Counter(str(each) for each in verdicts if each.model == model) for model in models]
+    lines += [["", *(", ".join(f"{k}: {n}" for k, n in c.most_common()) for c in counts)]]
+    return markdown(lines)
+
+
 def table(verdicts: Sequence[Verdict], earlier: Intervals | None = None) -> str:
     """Markdown: a row per claim and model; with `earlier`, whether a repetition agrees."""
     heads = ["claim", "paper", "model", "figure", "ours", "theirs", "difference", "verdict"]
@@ -376,7 +391,8 @@ def write(
     head = "\n".join(f"* {name}: {value}" for name, value in facts.items())
     assert __doc__ is not None
     method = __doc__.partition("\n\n")[2].strip()
-    text = f"# Claims\n\n{method}\n\n{head}\n\n{table(verdicts, earlier)}\n"
+    tables = f"{summary(verdicts)}\n\n{table(verdicts, earlier)}"
+    text = f"# Claims\n\n{method}\n\n{head}\n\n{tables}\n"
     content = {
         "versions": installed_versions(),
         **facts,

@@ -49,7 +49,7 @@ JUDGED = {  # figures of which one side is better: whether more is
     "clip_score": True,
     "clip_diversity": True,
 }
-STEPS = ("scale", "difference", "cosine")  # of a `TracePoint`
+STEPS = ("scale", "difference", "cosine")  # of `Sample.steps`, after the noise level
 FRONTIERS = (  # figures against each other
     ("adherence", "diversity"),
     ("saturation", "frechet"),
