@@ -636,6 +636,27 @@ def test_an_unknown_scheduler_serves_what_needs_no_noise_level():
         noise.check(scheduler, CFGPlusPlus(0.6))
 
 
+class Encoding(CFG):
+    """Keeps what another prompt conditions the network on."""
+
+    def guide(self, step, state):
+        self.found = step.encode("a moon")["encoder_hidden_states"]
+        return super().guide(step, state)
+
+
+def test_other_prompts_are_encoded_as_the_call_encodes_its_own(sdxl):
+    given = dict(device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    found = {}
+    with Encoding(6.0).attach(sdxl) as guidance:
+        for skip in (None, 1):
+            call(sdxl, clip_skip=skip)
+            found[skip] = guidance.found
+            assert torch.equal(
+                found[skip], sdxl.encode_prompt("a moon", **given, clip_skip=skip)[0]
+            )
+    assert not torch.equal(found[None], found[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "guidance", [CFG(6.0), APG(12.0), FDG(3.0, 9.0), CFGPlusPlus(0.6)], ids=repr

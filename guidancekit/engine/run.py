@@ -574,7 +574,9 @@ class Run:
                 f"{name} masks its texts, so guidancekit cannot put {prompt!r} in the place of "
                 "another one. Call it with a negative prompt and guidance_scale above 1 instead."
             )
+        scope = scope_of(self.pipe) or {}
         given = {
+            **{name: scope[name] for name in _OF_TEXTS if name in scope},
             "prompt": prompt,
             "device": self.scheduler.timesteps.device,
             "num_images_per_prompt": 1,
@@ -598,6 +600,10 @@ class Run:
                 f"{', '.join(found) or 'nothing'}, expected {', '.join(texts) or 'embeddings'}."
             )
         return found
+
+
+_OF_TEXTS = ("max_sequence_length", "clip_skip", "lora_scale")
+"""What a call of a pipeline says of how its texts are encoded."""
 
 
 class _UnknownLevel(Level):
