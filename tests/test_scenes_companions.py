@@ -45,10 +45,10 @@ from samples.scenes.world import BACKGROUNDS, Scene, Thing, caption, sample_scen
 
 PROMPT = "a red star left of a blue ring"
 STEPS = 10  # one of the numbers that LinearAG has a table for
-# "embedded" is for distilled models that take the scale as an input, "rectified-cfg++" for flow.
+# "embedded" is for distilled models that take the scale as an input, "nasa" for cross-attention.
 FOR_OTHER_MODELS = {
     "scenes-unet": {"embedded", "rectified-cfg++"},
-    "scenes-flow": {"embedded"},
+    "scenes-flow": {"embedded", "nasa"},
 }
 NEED_COMPANIONS = (
     AnnealingGuidance,
