@@ -41,7 +41,7 @@ class BetaCFG(ClassifierFree):
         for family in ("sd15", "sdxl")
     }
     presets["scenes-flow"] = Preset(
-        {"radius": 3.5}, "ours: as strong on average as CFG at w = 4 in 20 steps; at 0.35 hardly any"
+        {"radius": 3.5}, "ours: on average as strong as CFG at w = 4, in 20 steps; at 0.35 hardly"
     )
 
     def __init__(
