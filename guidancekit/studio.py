@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from . import bundled
 from .axes import Sheet
 from .describe import evaluations
+from .engine import brief
 from .errors import GuidanceError
 from .generate import Picture, run, scale_name, warm_up
 from .grid import Label, draw_grid
@@ -54,9 +56,18 @@ class Result:
     """To the first picture of the comparison, root mean square from 0 to 1."""
 
     @property
+    def scales(self) -> list[float]:
+        """The effective scale of each step, NaN where it says nothing (`brief`)."""
+        short = brief([point.time for point in self.points])
+        return [
+            float("nan") if skipped else scale
+            for scale, skipped in zip(self.picture.effective_scale, short, strict=True)
+        ]
+
+    @property
     def scale(self) -> float:
         """The effective scale, averaged over the steps."""
-        return fmean(self.picture.effective_scale)
+        return fmean(scale for scale in self.scales if not isnan(scale))
 
     @property
     def saturation(self) -> float:

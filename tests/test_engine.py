@@ -36,7 +36,7 @@ from guidancekit import (
     Linear,
     PerStep,
 )
-from guidancekit.engine import noise
+from guidancekit.engine import brief, noise
 
 STEPS = 5
 MAKERS = [pytest.param(tiny_sd, id="sd"), pytest.param(tiny_sdxl, id="sdxl")]
@@ -634,6 +634,23 @@ def test_an_unknown_scheduler_serves_what_needs_no_noise_level():
     noise.check(scheduler, CFG(6.0))
     with pytest.raises(GuidanceError, match="is not known to guidancekit"):
         noise.check(scheduler, CFGPlusPlus(0.6))
+
+
+def test_steps_of_no_length_are_told_apart():
+    """The last one of Diffusers' flow Euler covers a thousandth of the noise."""
+    grids = {
+        "DDIMScheduler": dict(timestep_spacing="trailing"),
+        "FlowMatchEulerDiscreteScheduler": {},
+    }
+    found = {}
+    for name, config in grids.items():
+        scheduler = getattr(diffusers, name)(**config)
+        scheduler.set_timesteps(20)
+        found[name] = brief(noise.times(scheduler))
+    assert not any(found["DDIMScheduler"])
+    assert found["FlowMatchEulerDiscreteScheduler"] == [False] * 19 + [True]
+    assert brief([0.0, 500.0, 999.0]) == [False, False, True]  # towards noise
+    assert brief([]) == [] and brief([7.0]) == [False] and brief([3.0, 3.0]) == [False, False]
 
 
 class Encoding(CFG):

@@ -62,7 +62,7 @@ def curves(results: Sequence[Result], name: str) -> Any:
 
     def value(result: Result, point: TracePoint) -> float:
         if name == "scale":
-            return result.picture.effective_scale[point.index]
+            return result.scales[point.index]
         figure: float = getattr(point, name)
         return figure
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ class StepRecord:
 
     index: int
     nsr: float | None
+    time: float = 0.0
     rows: int = 0
     calls: int = 0
     active: bool = False
@@ -24,6 +28,20 @@ class StepRecord:
     def effective_scale(self) -> float:
         """Mean over the batch of the projection on cond - uncond; exactly w for CFG."""
         return float(torch.as_tensor(self.scale, dtype=torch.float32).mean())
+
+
+def brief(times: Sequence[float]) -> list[bool]:
+    """Which steps, that begin at these times, are shorter than a tenth of the mean one.
+
+    Some schedules end with such a step (diffusers' flow Euler at a thousandth of the noise). Next
+    to nothing is left to guide there, and the scale of what a method remembers of earlier steps is
+    huge. Times are the scheduler's, 999 or 1000 being noise; a run ends at one or the other end.
+    """
+    if not times or times[0] == times[-1]:
+        return [False] * len(times)
+    end = -1.0 if times[-1] < times[0] else 1000.0  # they count from 0
+    lengths = [abs(now - after) for now, after in pairwise([*times, end])]
+    return [length < fmean(lengths) / 10 for length in lengths]
 
 
 @dataclass
@@ -55,6 +73,11 @@ class Report:
     @property
     def effective_scale(self) -> list[float]:
         return [step.effective_scale for step in self.steps]
+
+    @property
+    def brief(self) -> list[bool]:
+        """Which steps are so short that their scale says nothing; see `brief`."""
+        return brief([step.time for step in self.steps])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""

@@ -183,7 +183,9 @@ class Run:
         guidance, state, step = self.guidance, self.state, self._step()
         self.step = step
         if step.index == len(self.report.steps):
-            self.report.steps.append(StepRecord(step.index, step.nsr if step.grid else None))
+            self.report.steps.append(
+                StepRecord(step.index, step.nsr if step.grid else None, step.time)
+            )
         self._condition(step)
         x = step.x
         step.x = guidance.before_step(step, state)

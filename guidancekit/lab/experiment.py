@@ -143,7 +143,8 @@ class Sample:
     `latent_std` and `latent_mean` (n,), the latter two of the last predicted clean latent: its
     standard deviation, and the root mean square of its channels' means. `steps` has one row per
     step: noise level, and means over all pictures of the effective scale, and of difference and
-    cosine (`TracePoint`; no cosine for methods that act after the scheduler's step).
+    cosine (`TracePoint`; no cosine for methods that act after the scheduler's step). Steps that are
+    `brief` have no effective scale, and no part in the mean.
     `originals` are the pictures that were inverted, as the autoencoder leaves them, if so.
     """
 
@@ -229,7 +230,11 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
             pictures = pipe(**given).images
         seconds = time.perf_counter() - started
         report = guidance.report()
-    scales = [torch.as_tensor(step.scale, dtype=torch.float32).cpu() for step in report.steps]
+    scales = [
+        torch.as_tensor(step.scale, dtype=torch.float32).cpu()
+        for step, skipped in zip(report.steps, report.brief, strict=True)
+        if not skipped
+    ]
     scale = torch.stack([each.expand(len(call.asks)) for each in scales]).mean(0)
     facts = {
         "recipe": asdict(recipe),
@@ -306,7 +311,10 @@ def inverse(scheduler: Any) -> SchedulerMixin:
 
 def _steps(trace: Trace, report: Report) -> Array:
     """Those of a `Sample`, [steps, 4]."""
-    scales = {step.index: step.effective_scale for step in report.steps}
+    scales = {
+        step.index: np.nan if skipped else step.effective_scale
+        for step, skipped in zip(report.steps, report.brief, strict=True)
+    }
     return np.array([[p.noise, scales[p.index], p.difference, p.cosine] for p in trace.points])
 
 

@@ -230,7 +230,9 @@ def watch(
             pictures = pipe(**given).images
         report = guidance.report()
     missing = torch.full((count,), float("nan"))
-    for found, record in zip(watcher.figures, report.steps, strict=True):
+    for found, record, skipped in zip(watcher.figures, report.steps, report.brief, strict=True):
+        if skipped:
+            continue
         scale = torch.as_tensor(record.scale, dtype=torch.float32).expand(count)
         if not says_scale and "difference size" not in found and "update size" in found:
             scale = scale.where(found["update size"].to(scale.device) == 0, float("nan"))
