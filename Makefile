@@ -64,7 +64,7 @@ app: $(VENV)/.installed ## compare methods in the browser
 bench: $(VENV)/.installed-bench ## measure what guidance costs, into BENCHMARKS.md; DEVICE=cuda
 	$(BIN)/python -m benchmarks --device $(DEVICE)
 
-lab: $(VENV)/.installed-dev ## the laboratory's report, samples/lab: most of an hour; LAUNCH=...
+lab: $(VENV)/.installed-dev ## the laboratory's report, samples/lab: over an hour on two cores; LAUNCH=...
 	$(LAB) --out samples/lab --methods cfg,apg,cfg++,fdg,interval,cads,rescaled-cfg,cfg-mp,rectified-cfg++ --scales 2,4,6,10
 	$(LAB) --out samples/lab --methods '$(METHODS)' --match effective-scale --at 6
 	$(LAB) --out samples/lab --claims

@@ -377,7 +377,10 @@ def forest(results: Sequence[Result], path: Path) -> bool:
 
 
 def over_steps(results: Sequence[Result], path: Path) -> bool:
-    """What methods did at each step, the arm in the middle of each one's: a panel per figure."""
+    """What methods did at each step, the arm in the middle of each one's: a panel per figure.
+
+    Steps without an effective scale, which are too short to have one, are left out.
+    """
     arms: dict[str, list[Result]] = {}
     for each in results:
         if each.measured is not None and len(each.measured.steps):
@@ -395,7 +398,8 @@ def over_steps(results: Sequence[Result], path: Path) -> bool:
         for axes, name in zip(panels, STEPS, strict=True):
             for each, style in zip(chosen, _styles(), strict=False):
                 assert each.measured is not None
-                values = each.measured.steps[:, 1 + STEPS.index(name)]
+                found = each.measured.steps
+                values = np.where(np.isnan(found[:, 1]), np.nan, found[:, 1 + STEPS.index(name)])
                 steps = range(1, 1 + len(values))
                 axes.plot(steps, values, label=each.arm.label, markersize=3, linewidth=1.4, **style)
             axes.set_title(titles[name], loc="left", fontsize=10)
