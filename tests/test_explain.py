@@ -101,12 +101,19 @@ def test_shares_are_counted_sample_by_sample():
 # --- whole runs -----------------------------------------------------------------------------------
 
 
+def scales(found):
+    """The effective scale [steps - 1, seeds]; the last of these DDIM steps leads nowhere."""
+    scale = found.figures["scale"]
+    assert np.isnan(scale[-1]).all()
+    return scale[:-1]
+
+
 def test_plain_cfg_is_its_closed_form():
     found = seen("CFG()")
     figures = found.figures
     assert figures.keys() == set(FIGURES)
     assert all(figures[name].shape == (STEPS, len(SEEDS)) for name in FIGURES)
-    np.testing.assert_allclose(figures["scale"], W, rtol=1e-4)
+    np.testing.assert_allclose(scales(found), W, rtol=1e-4)
     np.testing.assert_allclose(figures["cosine"], 1, rtol=1e-5)
     for part in ("size", "parallel", "orthogonal", "low", "high"):
         update, difference = figures[f"update {part}"], figures[f"difference {part}"]
@@ -154,7 +161,7 @@ def test_cfg_plus_plus_shows_the_clean_estimate_behind_the_next_latent(lam):
     np.testing.assert_allclose(figures["cosine"], math.copysign(1, lam - 1), rtol=1e-4)
     last = 0.0292  # sigma / alpha after the last of these DDIM steps, which ends at timestep 0
     expected = lam * np.array(gains((*found.noise, last)))
-    np.testing.assert_allclose(figures["scale"].mean(1), expected, rtol=1e-2)
+    np.testing.assert_allclose(scales(found).mean(1), expected[:-1], rtol=1e-2)
 
 
 def test_steps_outside_of_an_interval_are_unguided():
@@ -162,7 +169,7 @@ def test_steps_outside_of_an_interval_are_unguided():
     inside = (found.noise > 0.3) & (found.noise <= 3)
     assert 0 < inside.sum() < STEPS
     assert found.evaluations.tolist() == (1 + inside).tolist()
-    np.testing.assert_allclose(found.figures["scale"].mean(1), np.where(inside, 6, 1), rtol=1e-4)
+    np.testing.assert_allclose(scales(found).mean(1), np.where(inside, 6, 1)[:-1], rtol=1e-4)
     assert (np.isnan(found.figures["difference size"]).all(1) == ~inside).all()
     assert ((found.figures["update size"] == 0).all(1) == ~inside).all()
     assert (np.isnan(found.shares).all(1) == ~inside).all()

@@ -33,9 +33,10 @@ class StepRecord:
 def brief(times: Sequence[float]) -> list[bool]:
     """Which steps, that begin at these times, are shorter than a tenth of the mean one.
 
-    Some schedules end with such a step (diffusers' flow Euler at a thousandth of the noise). Next
-    to nothing is left to guide there, and the scale of what a method remembers of earlier steps is
-    huge. Times are the scheduler's, 999 or 1000 being noise; a run ends at one or the other end.
+    Some schedules end with such a step (diffusers' flow Euler at a thousandth of the noise, DDIM
+    with leading spacing at timestep 0 or 1). Next to nothing is left to guide there, and the scale
+    of what a method remembers of earlier steps is huge. Times are the scheduler's, 999 or 1000
+    being noise; a run ends at one or the other end.
     """
     if not times or times[0] == times[-1]:
         return [False] * len(times)

@@ -107,13 +107,13 @@ class Seen:
     """A run under one guidance: `steps` solver steps of a batch of `seeds` samples.
 
     `figures` has arrays [steps, seeds] by the names of `FIGURES`, NaN where a step has none:
-    `scale` is the effective scale, `ratio` the norm of the clean estimate over the conditional
-    one's; ``difference ...`` are root mean squares of x0_cond - x0_uncond and its parts (`split`),
-    ``update ...`` those of the clean estimate minus x0_cond, and `cosine` is that of the angle
-    between the two. `shares` is [steps, 3]: `SHARES`. `noise` and `evaluations`, network
-    evaluations per sample, have one value per step; noise is NaN where the scheduler's levels are
-    unknown. `strip` holds decoded predictions [H, W, 3] of the first sample by step and name;
-    `notes` are warnings, and what is left out and why.
+    `scale` is the effective scale (of no step that is `brief`), `ratio` the norm of the clean
+    estimate over the conditional one's; ``difference ...`` are root mean squares of
+    x0_cond - x0_uncond and its parts (`split`), ``update ...`` those of the clean estimate minus
+    x0_cond, and `cosine` is that of the angle between the two. `shares` is [steps, 3]: `SHARES`.
+    `noise` and `evaluations`, network evaluations per sample, have one value per step; noise is NaN
+    where the scheduler's levels are unknown. `strip` holds decoded predictions [H, W, 3] of the
+    first sample by step and name; `notes` are warnings, and what is left out and why.
     """
 
     recipe: Recipe
