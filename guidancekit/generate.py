@@ -29,7 +29,8 @@ class Picture:
     """One finished picture and what it cost.
 
     `evaluations` counts the samples that went through the network, `seconds` is the time of the
-    pipeline call, and `effective_scale` has one CFG-equivalent scale per step.
+    pipeline call, and `effective_scale` has one CFG-equivalent scale per step; `mean_scale` is that
+    of the run (`Report.mean_scale`).
     """
 
     image: Image.Image
@@ -37,6 +38,7 @@ class Picture:
     evaluations: int
     seconds: float
     effective_scale: list[float]
+    mean_scale: float
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class Picture:
             "evaluations": self.evaluations,
             "seconds": round(self.seconds, 3),
             "effective_scale": self.effective_scale,
+            "mean_scale": round(self.mean_scale, 4),
             "warnings": self.warnings,
             "recipe": asdict(self.recipe),
         }
@@ -109,7 +112,8 @@ def run(pipe: Any, recipe: Recipe, watch: Watch | None = None) -> Picture:
         report = guidance.report()
     made = _made(pipe, replace(recipe, guidance=repr(guidance)), given, image)
     scales = [round(scale, 4) for scale in report.effective_scale]
-    return Picture(image, made, report.rows, seconds, scales, list(report.warnings))
+    mean = float(report.mean_scale.mean())
+    return Picture(image, made, report.rows, seconds, scales, mean, list(report.warnings))
 
 
 def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
@@ -136,10 +140,17 @@ def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
             evaluations,
             seconds / count,
             [round(scale, 4) for scale in own.tolist()],
+            float(mean),
             list(report.warnings),
         )
-        for recipe, term, image, evaluations, own in zip(
-            recipes, guidance.terms, images, guidance.evaluations, scales, strict=True
+        for recipe, term, image, evaluations, own, mean in zip(
+            recipes,
+            guidance.terms,
+            images,
+            guidance.evaluations,
+            scales,
+            report.mean_scale.expand(count),
+            strict=True,
         )
     ]
 

@@ -9,9 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -57,7 +55,7 @@ class Result:
 
     @property
     def scales(self) -> list[float]:
-        """The effective scale of each step, NaN where it says nothing (`brief`)."""
+        """The effective scale of each step in `points`, NaN where it says nothing (`brief`)."""
         short = brief([point.time for point in self.points])
         return [
             float("nan") if skipped else scale
@@ -67,7 +65,7 @@ class Result:
     @property
     def scale(self) -> float:
         """The effective scale, averaged over the steps."""
-        return fmean(scale for scale in self.scales if not isnan(scale))
+        return self.picture.mean_scale
 
     @property
     def saturation(self) -> float:

@@ -36,7 +36,8 @@ from guidancekit import (
     Linear,
     PerStep,
 )
-from guidancekit.engine import brief, noise
+from guidancekit.engine import Report, brief, noise
+from guidancekit.engine.report import StepRecord
 
 STEPS = 5
 MAKERS = [pytest.param(tiny_sd, id="sd"), pytest.param(tiny_sdxl, id="sdxl")]
@@ -651,6 +652,14 @@ def test_steps_of_no_length_are_told_apart():
     assert found["FlowMatchEulerDiscreteScheduler"] == [False] * 19 + [True]
     assert brief([0.0, 500.0, 999.0]) == [False, False, True]  # towards noise
     assert brief([]) == [] and brief([7.0]) == [False] and brief([3.0, 3.0]) == [False, False]
+
+
+def test_the_mean_scale_is_that_of_the_other_steps():
+    steps = [(1000.0, 4.0), (500.0, torch.tensor([2.0, 6.0])), (1.0, torch.tensor([-80.0, 90.0]))]
+    records = [StepRecord(i, None, time, scale=scale) for i, (time, scale) in enumerate(steps)]
+    report = Report("", records)
+    assert report.brief == [False, False, True]
+    assert report.mean_scale.tolist() == [3.0, 5.0]
 
 
 class Encoding(CFG):

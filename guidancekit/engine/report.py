@@ -80,6 +80,16 @@ class Report:
         """Which steps are so short that their scale says nothing; see `brief`."""
         return brief([step.time for step in self.steps])
 
+    @property
+    def mean_scale(self) -> Tensor:
+        """The effective scale of the run, [B] or one for all: the mean over steps not `brief`."""
+        scales = [
+            torch.as_tensor(step.scale, dtype=torch.float32).cpu()
+            for step, skipped in zip(self.steps, self.brief, strict=True)
+            if not skipped
+        ]
+        return torch.stack(torch.broadcast_tensors(*scales)).mean(0)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         return {

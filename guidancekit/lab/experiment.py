@@ -230,12 +230,7 @@ def make(pipe: Any, call: Call) -> dict[str, Any]:
             pictures = pipe(**given).images
         seconds = time.perf_counter() - started
         report = guidance.report()
-    scales = [
-        torch.as_tensor(step.scale, dtype=torch.float32).cpu()
-        for step, skipped in zip(report.steps, report.brief, strict=True)
-        if not skipped
-    ]
-    scale = torch.stack([each.expand(len(call.asks)) for each in scales]).mean(0)
+    scale = report.mean_scale.expand(len(call.asks))
     facts = {
         "recipe": asdict(recipe),
         "negative": call.negative,
