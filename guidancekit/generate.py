@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ class Picture:
     """One finished picture and what it cost.
 
     `evaluations` counts the samples that went through the network, `seconds` is the time of the
-    pipeline call, and `effective_scale` has one CFG-equivalent scale per step; `mean_scale` is that
-    of the run (`Report.mean_scale`).
+    pipeline call, and `effective_scale` has one CFG-equivalent scale per step; those of steps that
+    are `brief` (`Report.brief`) say nothing, and have no part in `mean_scale`.
     """
 
     image: Image.Image
@@ -38,8 +39,14 @@ class Picture:
     evaluations: int
     seconds: float
     effective_scale: list[float]
-    mean_scale: float
+    brief: list[bool]
     warnings: list[str]
+
+    @property
+    def mean_scale(self) -> float:
+        """The effective scale of the run."""
+        steps = zip(self.effective_scale, self.brief, strict=True)
+        return fmean(scale for scale, skipped in steps if not skipped)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the image, as JSON values."""
@@ -112,8 +119,8 @@ def run(pipe: Any, recipe: Recipe, watch: Watch | None = None) -> Picture:
         report = guidance.report()
     made = _made(pipe, replace(recipe, guidance=repr(guidance)), given, image)
     scales = [round(scale, 4) for scale in report.effective_scale]
-    mean = float(report.mean_scale.mean())
-    return Picture(image, made, report.rows, seconds, scales, mean, list(report.warnings))
+    notes = list(report.warnings)
+    return Picture(image, made, report.rows, seconds, scales, report.brief, notes)
 
 
 def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
@@ -140,17 +147,11 @@ def run_together(pipe: Any, recipes: Sequence[Recipe]) -> list[Picture]:
             evaluations,
             seconds / count,
             [round(scale, 4) for scale in own.tolist()],
-            float(mean),
+            report.brief,
             list(report.warnings),
         )
-        for recipe, term, image, evaluations, own, mean in zip(
-            recipes,
-            guidance.terms,
-            images,
-            guidance.evaluations,
-            scales,
-            report.mean_scale.expand(count),
-            strict=True,
+        for recipe, term, image, evaluations, own in zip(
+            recipes, guidance.terms, images, guidance.evaluations, scales, strict=True
         )
     ]
 

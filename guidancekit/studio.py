@@ -17,7 +17,6 @@ from PIL import Image
 from . import bundled
 from .axes import Sheet
 from .describe import evaluations
-from .engine import brief
 from .errors import GuidanceError
 from .generate import Picture, run, scale_name, warm_up
 from .grid import Label, draw_grid
@@ -55,12 +54,9 @@ class Result:
 
     @property
     def scales(self) -> list[float]:
-        """The effective scale of each step in `points`, NaN where it says nothing (`brief`)."""
-        short = brief([point.time for point in self.points])
-        return [
-            float("nan") if skipped else scale
-            for scale, skipped in zip(self.picture.effective_scale, short, strict=True)
-        ]
+        """The effective scale of each step, NaN where it says nothing (`Report.brief`)."""
+        steps = zip(self.picture.effective_scale, self.picture.brief, strict=True)
+        return [float("nan") if skipped else scale for scale, skipped in steps]
 
     @property
     def scale(self) -> float:

@@ -22,8 +22,6 @@ class TracePoint:
     """
 
     index: int
-    time: float
-    """The scheduler's, 1000 being noise."""
     noise: float
     """sigma / alpha at the start of the step."""
     difference: float
@@ -34,7 +32,7 @@ class Trace:
     """Watches a run: ``with APG(12).attach(pipe, watch=trace): ...``, then read `points`."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, float, float, Tensor]] = []
+        self._steps: list[tuple[int, float, Tensor]] = []
 
     def __call__(self, step: Step, guided: Prediction) -> None:
         """Note a step; figures stay on the device, so that watching does not slow the run down."""
@@ -48,13 +46,13 @@ class Trace:
             lengths = norm(update) * norm(difference)
             cosine = (dot(update, difference) / lengths).where(lengths > TINY, torch.nan)
             figures = torch.stack([difference.square().mean().sqrt(), cosine.nanmean()])
-        self._steps.append((step.index, step.time, noise, figures))
+        self._steps.append((step.index, noise, figures))
 
     @property
     def points(self) -> list[TracePoint]:
         """The steps so far, read from the device at once."""
         read = torch.stack([figures for *_, figures in self._steps]).tolist() if self._steps else []
         return [
-            TracePoint(index, time, noise, *figures)
-            for (index, time, noise, _), figures in zip(self._steps, read, strict=True)
+            TracePoint(index, noise, *figures)
+            for (index, noise, _), figures in zip(self._steps, read, strict=True)
         ]

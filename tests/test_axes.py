@@ -76,7 +76,7 @@ def test_bad_axes_are_refused(x, y, seeds, message):
 
 def test_the_table_says_what_was_drawn():
     sheet = Sheet(BASE, Axis.read("steps", "1, 2"))
-    sheet.pictures[0, 1] = Picture(Image.new("RGB", (8, 8)), BASE, 2, 0.5, [1.0], 1.0, [])
+    sheet.pictures[0, 1] = Picture(Image.new("RGB", (8, 8)), BASE, 2, 0.5, [1.0], [False], [])
     table = json.loads(sheet.to_json())
     assert table["x"] == {"name": "steps", "values": [1, 2]}
     assert [(each["row"], each["column"]) for each in table["pictures"]] == [(0, 1)]

@@ -42,7 +42,7 @@ def load(model, **options):
 
 
 def call(pipe, guidance_scale=4.0, prompt=PROMPT, **options):
-    short = {"max_sequence_length": 20} if hasattr(pipe, "transformer") else {}
+    short = bundled.CALL["scenes-flow"] if hasattr(pipe, "transformer") else {}
     return pipe(
         prompt,
         num_inference_steps=STEPS,

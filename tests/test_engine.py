@@ -36,8 +36,8 @@ from guidancekit import (
     Linear,
     PerStep,
 )
-from guidancekit.engine import Report, brief, noise
-from guidancekit.engine.report import StepRecord
+from guidancekit.engine import Report, noise
+from guidancekit.engine.report import StepRecord, brief
 
 STEPS = 5
 MAKERS = [pytest.param(tiny_sd, id="sd"), pytest.param(tiny_sdxl, id="sdxl")]

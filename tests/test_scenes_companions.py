@@ -110,7 +110,7 @@ def conditions(pipe, prompts):
     """What a denoiser is given of prompts."""
     if hasattr(pipe, "transformer"):
         text, _, pooled, _ = pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=20
+            prompts, None, None, do_classifier_free_guidance=False, **bundled.CALL["scenes-flow"]
         )
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
     return {"encoder_hidden_states": pipe.encode_prompt(prompts, pipe.device, 1, False)[0]}
@@ -121,7 +121,7 @@ def text_of(pipe, prompts):
 
 
 def draw(pipe, guidance=None, steps=STEPS, **options):
-    call = {"max_sequence_length": 20} if hasattr(pipe, "transformer") else {}
+    call = bundled.CALL["scenes-flow"] if hasattr(pipe, "transformer") else {}
 
     def run():
         return latents_of(pipe, 4.0, steps=steps, **{"prompt": PROMPT, **call, **options})

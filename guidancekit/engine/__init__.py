@@ -9,7 +9,7 @@ lies in it; `report.py` counts.
 """
 
 from .attachment import Attachment
-from .report import Report, brief
+from .report import Report
 from .run import Watch
 
-__all__ = ["Attachment", "Report", "Watch", "brief"]
+__all__ = ["Attachment", "Report", "Watch"]

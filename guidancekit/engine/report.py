@@ -42,7 +42,8 @@ def brief(times: Sequence[float]) -> list[bool]:
         return [False] * len(times)
     end = -1.0 if times[-1] < times[0] else 1000.0  # they count from 0
     lengths = [abs(now - after) for now, after in pairwise([*times, end])]
-    return [length < fmean(lengths) / 10 for length in lengths]
+    shortest = fmean(lengths) / 10
+    return [length < shortest for length in lengths]
 
 
 @dataclass
